@@ -1,0 +1,54 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from typing import ClassVar as _ClassVar
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_EXPERIMENT_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_EXPERIMENT_EXISTS: _ClassVar[ErrorReason]
+    ERROR_REASON_PACK_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_PACK_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_PACK_DIGEST_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_PACK_IN_USE: _ClassVar[ErrorReason]
+    ERROR_REASON_ENGINE_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_ENGINE_ID_TAKEN: _ClassVar[ErrorReason]
+    ERROR_REASON_NO_RULE_MATCHES: _ClassVar[ErrorReason]
+    ERROR_REASON_GENERATION_CONFLICT: _ClassVar[ErrorReason]
+    ERROR_REASON_STALE_GENERATION: _ClassVar[ErrorReason]
+    ERROR_REASON_BAD_STEP: _ClassVar[ErrorReason]
+    ERROR_REASON_SUPPORT_REFUSED: _ClassVar[ErrorReason]
+    ERROR_REASON_ACCEPTANCE_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_ARGUMENT: _ClassVar[ErrorReason]
+    ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
+    ERROR_REASON_UNAUTHENTICATED: _ClassVar[ErrorReason]
+    ERROR_REASON_PERMISSION_DENIED: _ClassVar[ErrorReason]
+    ERROR_REASON_QUOTA_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_TENANT_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_GENERATION_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_STORE_FAILED: _ClassVar[ErrorReason]
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_EXPERIMENT_NOT_FOUND: ErrorReason
+ERROR_REASON_EXPERIMENT_EXISTS: ErrorReason
+ERROR_REASON_PACK_NOT_FOUND: ErrorReason
+ERROR_REASON_PACK_INVALID: ErrorReason
+ERROR_REASON_PACK_DIGEST_MISMATCH: ErrorReason
+ERROR_REASON_PACK_IN_USE: ErrorReason
+ERROR_REASON_ENGINE_MISMATCH: ErrorReason
+ERROR_REASON_ENGINE_ID_TAKEN: ErrorReason
+ERROR_REASON_NO_RULE_MATCHES: ErrorReason
+ERROR_REASON_GENERATION_CONFLICT: ErrorReason
+ERROR_REASON_STALE_GENERATION: ErrorReason
+ERROR_REASON_BAD_STEP: ErrorReason
+ERROR_REASON_SUPPORT_REFUSED: ErrorReason
+ERROR_REASON_ACCEPTANCE_UNKNOWN: ErrorReason
+ERROR_REASON_INVALID_ARGUMENT: ErrorReason
+ERROR_REASON_DRAINING: ErrorReason
+ERROR_REASON_UNAUTHENTICATED: ErrorReason
+ERROR_REASON_PERMISSION_DENIED: ErrorReason
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason
+ERROR_REASON_TENANT_NOT_FOUND: ErrorReason
+ERROR_REASON_GENERATION_NOT_FOUND: ErrorReason
+ERROR_REASON_STORE_FAILED: ErrorReason
