@@ -1,0 +1,94 @@
+"""The serial device, the deadline Future, the wall clock."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
+
+
+def test_an_idle_device_starts_after_prep() -> None:
+    times = StepTimes(dispatch_ns=1_000)
+    DeviceTimeline().settle(times, latency_ns=100, prep_ns=10, copy_ns=5)
+    assert (times.device_start_ns, times.device_finish_ns, times.deadline_ns) == (1_010, 1_110, 1_115)
+
+
+def test_a_busy_device_starts_when_the_step_before_is_finished() -> None:
+    timeline, first, second = DeviceTimeline(), StepTimes(1_000), StepTimes(1_020)
+    timeline.settle(first, latency_ns=100, prep_ns=10, copy_ns=50)
+    timeline.settle(second, latency_ns=70, prep_ns=10, copy_ns=0)
+    assert second.device_start_ns == first.device_finish_ns == 1_110
+    assert second.deadline_ns == 1_180
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**9), st.integers(1, 10**9), st.integers(0, 10**6)), min_size=1, max_size=50)
+)
+def test_a_device_never_runs_two_steps_at_once(steps: list[tuple[int, int, int]]) -> None:
+    timeline, now, free_at = DeviceTimeline(), 0, 0
+    for gap, latency, prep in steps:
+        now += gap
+        times = StepTimes(now)
+        timeline.settle(times, latency_ns=latency, prep_ns=prep, copy_ns=0)
+        assert times.device_start_ns >= free_at
+        assert times.device_start_ns == max(now + prep, free_at)
+        assert times.device_finish_ns - times.device_start_ns == latency
+        free_at = times.device_finish_ns
+
+
+def test_a_future_resolves_exactly_once() -> None:
+    calls: list[int] = []
+
+    def resolve() -> str:
+        calls.append(1)
+        return "output"
+
+    future = DeadlineFuture(lambda: False, resolve)
+    assert not future.done()
+    assert future.result() == "output"
+    assert future.done()
+    assert future.result() == "output"
+    assert calls == [1]
+
+
+def test_a_future_is_done_when_it_is_due() -> None:
+    due = [False]
+    future = DeadlineFuture(lambda: due[0], lambda: None)
+    assert not future.done()
+    due[0] = True
+    assert future.done()
+
+
+def test_an_error_ends_the_future_for_good() -> None:
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise ValueError("lost")
+
+    future = DeadlineFuture(lambda: False, fail)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lost"):
+            future.result()
+    assert calls == [1]
+
+
+def test_a_resolved_future_is_done() -> None:
+    assert resolved(None).done()
+    assert resolved(3).result() == 3
+
+
+@pytest.mark.parametrize("mode", ["sleep", "hybrid", "spin"])
+def test_no_wait_mode_returns_before_the_deadline(mode: str) -> None:
+    clock = Clock(mode)
+    for _ in range(20):
+        deadline = clock.now_ns() + 700_000
+        clock.wait_until(deadline)
+        assert clock.now_ns() >= deadline
+
+
+@pytest.mark.parametrize("mode", ["sleep", "hybrid", "spin"])
+def test_a_deadline_in_the_past_does_not_wait(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_shim.timeline.time.sleep", lambda _: pytest.fail("slept"))
+    clock = Clock(mode)
+    clock.wait_until(clock.now_ns() - 1)

@@ -1,0 +1,155 @@
+"""ScheduledStep and reply -> the ModelRunnerOutput vLLM's scheduler reads, with logprobs where asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.sampling_params import SamplingParams
+
+    from step_oracle.v1 import step_pb2 as pb
+    from vllm_shim.step_shape import RequestState, ScheduledStep
+    from vllm_shim.tokens import TokenSource
+
+_SAMPLED_LOGPROB = -0.5
+
+
+class OutputBuilder:
+    """ScheduledStep + StepReply -> ModelRunnerOutput. Engine thread only; steps resolve in order."""
+
+    def __init__(self, tokens: TokenSource, *, speculative: bool) -> None:
+        self._tokens = tokens
+        self._speculative = speculative
+
+    def build(self, step: ScheduledStep, reply: pb.StepReply, legal: dict[str, int]) -> ModelRunnerOutput:
+        """The output vLLM's scheduler reads; `legal` holds the grammar's choice per request id."""
+        for state, target in zip(step.new_requests, reply.target_output_tokens, strict=True):
+            state.target_output_tokens = target.output_tokens
+        accepted = iter(reply.accepted_draft_tokens)
+        outputs: list[tuple[RequestState, list[int]]] = []
+        several = False
+        for request in step.requests:
+            state = request.state
+            if request.output_index < 0:
+                outputs.append((state, []))
+                continue
+            drafts = request.draft_token_ids
+            num_accepted = next(accepted) if drafts else 0
+            index = state.emitted_tokens if self._speculative else request.output_index
+            choice = legal.get(state.request_id)
+            if choice is not None:
+                # A grammar confirms one token at a time: drafts of synthetic words are never legal.
+                generated = [choice]
+            elif num_accepted:
+                generated = self._accepted(state, index, drafts or [], num_accepted)
+            else:
+                generated = [self._token(state, index)]
+            state.emitted_tokens = index + len(generated)
+            several = several or len(generated) > 1
+            outputs.append((state, generated))
+        request_ids = [state.request_id for state, _ in outputs]
+        starts = _starts(outputs) if several else None
+        return ModelRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
+            sampled_token_ids=[generated for _, generated in outputs],
+            logprobs=self._sampled_logprobs(outputs, starts),
+            prompt_logprobs_dict=self._prompt_logprobs(step),
+        )
+
+    def _token(self, state: RequestState, index: int) -> int:
+        """EOS at the request's target length, never before min_tokens; else a filler."""
+        sampling = state.sampling
+        target = state.target_output_tokens
+        if target and index + 1 == max(target, sampling.min_tokens) and sampling.eos_token_id is not None:
+            return int(sampling.eos_token_id)
+        return self._tokens.filler(state, index)
+
+    def _accepted(self, state: RequestState, index: int, drafts: list[int], num_accepted: int) -> list[int]:
+        """Accepted drafts and the token after them, cut at EOS."""
+        generated: list[int] = []
+        for position in range(num_accepted + 1):
+            token = self._token(state, index + position)
+            is_eos = token == state.sampling.eos_token_id
+            if not is_eos and position < num_accepted and drafts[position] >= 0:
+                token = drafts[position]
+            generated.append(token)
+            if is_eos:
+                break
+        return generated
+
+    def _prompt_logprobs(self, step: ScheduledStep) -> dict[str, LogprobsTensors | None]:
+        found: dict[str, LogprobsTensors | None] = {}
+        for request in step.requests:
+            width = request.state.sampling.prompt_logprobs
+            if width is not None and request.output_index == 0:
+                found[request.state.request_id] = self._prompt_rows(request.state, width)
+        return found
+
+    def _sampled_logprobs(
+        self, requests: Sequence[tuple[RequestState, list[int]]], starts: list[int] | None
+    ) -> LogprobsLists | None:
+        """One row per position for all requests of the step, or None where nobody asks.
+
+        Shapes [positions, width + 1], [positions, width + 1], [positions] with width the largest number asked for; the
+        sampled token
+        comes first with probability e^-0.5 and the others share what is left, halving.
+        """
+        width = max((_asked(state.sampling, self._tokens.vocab_size) for state, _ in requests), default=-1)
+        if width < 0:
+            return None
+        rows = [(state, token) for state, tokens in requests for token in (tokens or [0])]
+        token_ids = np.empty((len(rows), width + 1), np.int32)
+        logprobs = np.empty((len(rows), width + 1), np.float32)
+        for row, (state, token) in enumerate(rows):
+            token_ids[row], logprobs[row] = self._logprob_row(token, width, state.sampling)
+        return LogprobsLists(token_ids, logprobs, np.ones(len(rows), np.int32), starts)
+
+    def _prompt_rows(self, state: RequestState, width: int) -> LogprobsTensors | None:
+        """Rows for prompt tokens 1 ... n-1, shapes [n - 1, width + 1], [n - 1, width + 1], [n - 1]."""
+        prompt = state.prompt_token_ids
+        if prompt is None or len(prompt) < 2:
+            return None
+        width = self._tokens.vocab_size - 1 if width < 0 else width
+        rows = [self._logprob_row(token, width, state.sampling) for token in prompt[1:]]
+        return LogprobsTensors(
+            torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int32)),
+            torch.from_numpy(np.stack([values for _, values in rows]).astype(np.float32)),
+            torch.ones(len(rows), dtype=torch.int32),
+        )
+
+    def _logprob_row(self, token: int, width: int, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+        wanted = getattr(sampling, "logprob_token_ids", None)
+        others = [other for other in (wanted or self._tokens.usual) if other != token][:width]
+        if len(others) < width:
+            present = {token, *others}
+            others += [other for other in range(self._tokens.vocab_size) if other not in present][: width - len(others)]
+        ids = np.array([token, *others], np.int32)
+        rest = np.log(1 - np.exp(_SAMPLED_LOGPROB))
+        logprobs = np.concatenate(([_SAMPLED_LOGPROB], rest - np.log(2.0) * np.minimum(np.arange(1, width + 1), 64)))
+        return ids, logprobs.astype(np.float32)
+
+
+def _asked(sampling: SamplingParams, vocab_size: int) -> int:
+    """Logprobs a request wants beside the sampled token's; -1: none at all."""
+    wanted = getattr(sampling, "logprob_token_ids", None)
+    if wanted:
+        return len(wanted)
+    if sampling.logprobs is None:
+        return -1
+    return vocab_size - 1 if sampling.logprobs < 0 else int(sampling.logprobs)
+
+
+def _starts(outputs: list[tuple[RequestState, list[int]]]) -> list[int]:
+    """First logprob row of each request; a request without a token still owns one."""
+    starts, position = [], 0
+    for _, generated in outputs:
+        starts.append(position)
+        position += max(len(generated), 1)
+    return starts

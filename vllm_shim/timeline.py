@@ -1,0 +1,98 @@
+"""The serial GPU we pretend to have, and the Future that resolves when it would be done.
+
+No timer thread: the engine thread waits in `result()` itself. Deadlines follow the deadlines before them, never a wake-
+up, so
+lateness does not add up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+# Hybrid wait: sleep until this long before the deadline, then spin. Longer than the lateness of a sleep with a timer
+# slack of 1 ns.
+SPIN_NS = 200_000
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """When a step was handed over and what the device made of it; CLOCK_MONOTONIC, nanoseconds."""
+
+    dispatch_ns: int
+    device_start_ns: int = 0
+    device_finish_ns: int = 0
+    # When the output becomes visible to the engine.
+    deadline_ns: int = 0
+
+
+class DeviceTimeline:
+    """One device that runs one step after the other. `settle` must be called in dispatch order; engine thread only."""
+
+    def __init__(self) -> None:
+        self._free_at_ns = 0
+
+    def settle(self, times: StepTimes, *, latency_ns: int, prep_ns: int, copy_ns: int) -> None:
+        """start = max(dispatch + prep, finish of the step before).
+
+        Finish = start + latency; visible at finish + copy.
+        """
+        times.device_start_ns = max(times.dispatch_ns + prep_ns, self._free_at_ns)
+        times.device_finish_ns = self._free_at_ns = times.device_start_ns + latency_ns
+        times.deadline_ns = times.device_finish_ns + copy_ns
+
+
+class Clock:
+    """Wall clock: CLOCK_MONOTONIC and the three ways to wait on it. Replay brings a virtual one."""
+
+    def __init__(self, wait_mode: str) -> None:
+        self._spin_ns = {"sleep": 0, "hybrid": SPIN_NS, "spin": 1 << 62}[wait_mode]
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def wait_until(self, deadline_ns: int) -> None:
+        """Returns at or just after the deadline; at once if it has passed."""
+        spin_ns, now = self._spin_ns, time.monotonic_ns
+        while True:
+            left = deadline_ns - now()
+            if left <= 0:
+                return
+            if left > spin_ns:
+                time.sleep((left - spin_ns) * 1e-9)
+
+
+class DeadlineFuture(Future[Any]):
+    """Resolves once the answer is here and its deadline has passed.
+
+    vLLM's engine core calls `done()` and `result()` only (0.18.1 to 0.33.0, read). Every dispatched step resolves
+    exactly once,
+    by its output or by an error.
+    """
+
+    def __init__(self, is_due: Callable[[], bool], resolve: Callable[[], Any]) -> None:
+        """`resolve` waits for answer and deadline and returns the output, or raises."""
+        super().__init__()
+        self._is_due = is_due
+        self._resolve = resolve
+
+    def done(self) -> bool:
+        return super().done() or self._is_due()
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not super().done():
+            try:
+                self.set_result(self._resolve())
+            except BaseException as error:  # noqa: BLE001  a Future carries whatever ended its step
+                self.set_exception(error)
+        return super().result(timeout)
+
+
+def resolved(value: Any) -> Future[Any]:
+    """A Future that is done."""
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
