@@ -1,0 +1,40 @@
+"""Random damage to packs is refused or harmless, and never ends the checker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from builders import build_composed_pack, build_sampled_pack
+
+TESTS = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_damage_is_refused_or_harmless(tmp_path: Path, seed: int) -> None:
+    build_sampled_pack(tmp_path / "sampled")
+    build_composed_pack(tmp_path / "composed", ratios=(0.9, 1.0, 1.1))
+    (tmp_path / "scratch").mkdir()
+    command = [
+        sys.executable,
+        str(TESTS / "fuzz_packs.py"),
+        *(str(tmp_path / n) for n in ("sampled", "composed", "scratch")),
+    ]
+    done = subprocess.run(
+        [*command, str(seed), "400"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["refused"] + counts["accepted"] == 400
+    # A fuzzer that no longer reaches the packs would show here.
+    assert counts["refused"] > 300
+    assert counts["data"] > 150
