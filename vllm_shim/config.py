@@ -14,8 +14,11 @@ from vllm_shim.errors import ConfigurationError
 WAIT_MODES = ("hybrid", "sleep", "spin")
 LOST_POLICIES = ("fail", "hold")
 _EXPERIMENT = re.compile(r"tenants/[a-z0-9][a-z0-9-]{0,62}/experiments/[a-z0-9][a-z0-9-]{0,62}")
-# Set by the shim itself, or owned by somebody else: the tests' data folder, the caches of the development tools.
-_PASSED_THROUGH = {"STEP_ORACLE_DEVICE", "STEP_ORACLE_LAST_WORDS", "STEP_ORACLE_DATA", "STEP_ORACLE_CACHE"}
+# Set by the shim itself, or owned by the oracle server, the tests and the development tools.
+_PASSED_THROUGH = {
+    f"STEP_ORACLE_{name}"
+    for name in "DEVICE DATA_PARALLEL_SIZE LAST_WORDS LISTEN METRICS STATE_DIR DRAIN_SECONDS DATA CACHE".split()
+}
 
 
 @dataclass(frozen=True)

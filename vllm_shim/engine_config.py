@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from step_oracle.v1 import oracle_service_pb2 as pb
@@ -12,14 +13,15 @@ if TYPE_CHECKING:
 
     from vllm_shim.config import ShimConfig
 
+# Set by the server's first process where it has several data-parallel ranks.
+DATA_PARALLEL = "STEP_ORACLE_DATA_PARALLEL_SIZE"
+
 
 def engine_identity(config: ShimConfig, server_id: str, vllm_config: VllmConfig) -> pb.EngineIdentity:
     """Who this engine core is; a data-parallel rank gets "/dp<rank>" behind the server's id."""
     parallel = vllm_config.parallel_config
-    # Engine cores of dense models are told data_parallel_size 1 (0.18.1 to 0.33.0, read); the index still names the
-    # rank.
     rank = parallel.data_parallel_index
-    ranked = rank > 0 or parallel.data_parallel_size > 1 or getattr(parallel, "data_parallel_size_local", 1) > 1
+    ranked = os.environ.get(DATA_PARALLEL)
     return pb.EngineIdentity(
         experiment=config.experiment,
         engine_id=f"{server_id}/dp{rank}" if ranked else server_id,

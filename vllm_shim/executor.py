@@ -37,6 +37,11 @@ logger = init_logger("vllm.step_oracle")
 # Measured: with CPython's default of 5 ms the answer becomes visible only after the engine thread blocks.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 _PR_SET_TIMERSLACK = 29
+# Worker calls vLLM makes by itself that mean nothing without a worker; any other is logged once.
+_CALLS_WITHOUT_EFFECT = (
+    *("compile_or_warm_up_model", "set_kv_cache_layout", "update_max_model_len", "initialize_cache"),
+    *("reset_mm_cache", "reset_encoder_cache"),
+)
 
 
 class StepOracleExecutor(Executor):
@@ -84,7 +89,7 @@ class StepOracleExecutor(Executor):
         self._dispatched: _Step
         self._last_sampled: ScheduledStep | None = None
         self._loras: set[int] = set()
-        self._unknown_calls: set[str] = set()
+        self._silent_calls = set(_CALLS_WITHOUT_EFFECT)
         self._switch_interval = sys.getswitchinterval()
 
     def _attach(self) -> pb.AttachEngineResponse:
@@ -106,25 +111,18 @@ class StepOracleExecutor(Executor):
             )
             report_loss(str(loss))
             raise loss from None
-        for sentence in answer.warnings:
+        differences = [
+            f"{d.field} is {d.engine_value or 'unset'} here, {d.pack_value} in the pack" for d in answer.differences
+        ]
+        for sentence in (*answer.warnings, *differences):
             logger.warning("step-oracle: %s", sentence)
-        for difference in answer.differences:
-            logger.warning(
-                "step-oracle: %s is %s here and %s in the pack",
-                difference.field,
-                difference.engine_value or "unset",
-                difference.pack_value,
-            )
+        blocks = (
+            f"{answer.num_kv_blocks} KV blocks ({answer.kv_blocks_basis})" if answer.num_kv_blocks else "own KV blocks"
+        )
         logger.info(
-            "step-oracle: engine %s attached to %s at %s as incarnation %d, generation %d, pack %s, %s KV blocks (%s)",
-            self._engine.engine_id,
-            self._engine.experiment,
-            self._config.target,
-            answer.incarnation,
-            answer.generation,
-            answer.pack_digest,
-            answer.num_kv_blocks or "the engine's own",
-            answer.kv_blocks_basis or "override",
+            "step-oracle: engine %s attached to %s at %s, incarnation %d, generation %d, pack %s, %s",
+            *(self._engine.engine_id, self._engine.experiment, self._config.target, answer.incarnation),
+            *(answer.generation, answer.pack_digest, blocks),
         )
         return answer
 
@@ -140,7 +138,7 @@ class StepOracleExecutor(Executor):
     def collective_rpc(
         self,
         method: Any,
-        timeout: float | None = None,  # noqa: ARG002
+        timeout: float | None = None,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
@@ -149,11 +147,12 @@ class StepOracleExecutor(Executor):
         """Answers by name, once per rank; None where there is nothing to say."""
         name = method if isinstance(method, str) else getattr(method, "__name__", "function")
         answer = getattr(self, f"_rpc_{name}", None)
-        if answer is None and name not in self._unknown_calls:
-            self._unknown_calls.add(name)
+        if answer is None and name not in self._silent_calls:
+            self._silent_calls.add(name)
             logger.warning("step-oracle: worker call %s has no effect: there is no worker", name)
         value = answer(*args, **(kwargs or {})) if answer else None
-        values = [value] * self.parallel_config.world_size
+        # vLLM reads compilation times, whose type changed twice, only out of a list that is not empty.
+        values = [] if name == "compile_or_warm_up_model" else [value] * self.parallel_config.world_size
         return resolved(values) if non_block else values
 
     def get_kv_cache_specs(self) -> Any:
@@ -175,12 +174,6 @@ class StepOracleExecutor(Executor):
         from vllm.v1.kv_cache_interface import KVCacheLayout
 
         return [layout.name for layout in KVCacheLayout]
-
-    def _rpc_set_kv_cache_layout(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def _rpc_update_max_model_len(self, *_: Any, **__: Any) -> None:
-        pass
 
     def _rpc_initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         """The KV cache exists: the engine is ready to step, so its stream opens."""
@@ -205,15 +198,6 @@ class StepOracleExecutor(Executor):
                 ),
             )
 
-    def _rpc_initialize_cache(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def compile_or_warm_up_model(self) -> None:
-        """Nothing to compile; vLLM before 0.32 calls the worker's method of this name instead."""
-
-    def _rpc_compile_or_warm_up_model(self) -> float:
-        return 0.0
-
     def _rpc_get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
@@ -230,12 +214,6 @@ class StepOracleExecutor(Executor):
 
     def _rpc_list_loras(self) -> set[int]:
         return set(self._loras)
-
-    def _rpc_reset_mm_cache(self) -> None:
-        pass
-
-    def _rpc_reset_encoder_cache(self) -> None:
-        pass
 
     # Data plane.
 

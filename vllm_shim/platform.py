@@ -9,6 +9,7 @@ import torch
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_shim.device import emulated_device
+from vllm_shim.engine_config import DATA_PARALLEL
 from vllm_shim.supported import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ class StepOraclePlatform(Platform):
     device_type = "cpu"
     dispatch_key = "CPU"
     dist_backend = "gloo"
-    device_control_env_var = "STEP_ORACLE_VISIBLE_DEVICES_UNUSED"
+    device_control_env_var = "EMULATED_VISIBLE_DEVICES"
     simple_compile_backend = "eager"
 
     @classmethod
-    def get_device_name(cls, device_id: int = 0) -> str:  # noqa: ARG003
+    def get_device_name(cls, device_id: int = 0) -> str:
         return _DEVICE.name
 
     @classmethod
@@ -41,11 +42,11 @@ class StepOraclePlatform(Platform):
         return f"step-oracle-{device_id}"
 
     @classmethod
-    def get_device_total_memory(cls, device_id: int = 0) -> int:  # noqa: ARG003
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
         return _DEVICE.memory_bytes
 
     @classmethod
-    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability | None:  # noqa: ARG003
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability | None:
         if not _DEVICE.capability_major:
             return None
         return DeviceCapability(_DEVICE.capability_major, _DEVICE.capability_minor)
@@ -56,6 +57,9 @@ class StepOraclePlatform(Platform):
         if vllm_config.model_config is None:
             return
         refuse_unsupported(vllm_config)
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            # Engine cores of dense models are told 1 (0.18.1 to 0.33.0, read), but their ids need the rank.
+            os.environ[DATA_PARALLEL] = str(vllm_config.parallel_config.data_parallel_size)
         vllm_config.parallel_config.distributed_executor_backend = "vllm_shim.executor.StepOracleExecutor"
         cache = vllm_config.cache_config
         if _DEVICE.block_size and not getattr(cache, "user_specified_block_size", False):
@@ -68,34 +72,9 @@ class StepOraclePlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
-    # vLLM would load kernels, pick attention backends or touch a device here.
-    @classmethod
-    def import_kernels(cls) -> None:
-        pass
-
-    @classmethod
-    def import_ir_kernels(cls) -> None:
-        pass
-
-    @classmethod
-    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
-        pass
-
-    @classmethod
-    def set_device(cls, device: Any) -> None:
-        pass
-
-    @classmethod
-    def manual_seed_all(cls, seed: int) -> None:
-        pass
-
     @classmethod
     def inference_mode(cls) -> Any:
         return torch.no_grad()
-
-    @classmethod
-    def is_pin_memory_available(cls) -> bool:
-        return False
 
     @classmethod
     def get_attn_backend_cls(cls, *_: Any, **__: Any) -> str:
@@ -109,10 +88,7 @@ class StepOraclePlatform(Platform):
     def support_hybrid_kv_cache(cls) -> bool:
         return True
 
-    @classmethod
-    def support_static_graph_mode(cls) -> bool:
-        return False
-
-    @classmethod
-    def use_custom_allreduce(cls) -> bool:
-        return False
+    # vLLM would load kernels, pick attention backends or touch a device here.
+    import_kernels = import_ir_kernels = staticmethod(lambda: None)
+    update_block_size_for_backend = set_device = manual_seed_all = staticmethod(lambda _: None)
+    is_pin_memory_available = support_static_graph_mode = use_custom_allreduce = staticmethod(lambda: False)

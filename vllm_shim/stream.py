@@ -201,9 +201,7 @@ class OracleStream:
         with self._lock:
             outbox.put(
                 pb.StreamStepsRequest(
-                    open=self._opening,
-                    steps=[step.request for step in self._pending],
-                    min_generation=self._generation,
+                    open=self._opening, steps=[step.request for step in self._pending], min_generation=self._generation
                 )
             )
             # Ends the iterator of the broken stream, which blocks in a thread of grpc's.
