@@ -1,0 +1,106 @@
+"""The server's commands: serve, recompute, and the control plane from a terminal.
+
+Everything heavy is imported inside the commands, so that --help is quick. Exit status: 0 done, 1 refused or a failed
+check, 2 wrong arguments, 3 no server answers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oracle_server.cli import experiments, packs
+from oracle_server.cli.console import (
+    FAILED,
+    TARGET,
+    Json,
+    Target,
+    connect,
+    exits,
+    print_json,
+    print_table,
+)
+
+app = typer.Typer(
+    name="step-oracle",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(packs.app)
+app.add_typer(experiments.app)
+_tenants = typer.Typer(name="tenant", help="Tenants.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(_tenants)
+
+
+@app.command()
+def serve(
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT on loopback (port 0: any free one) or unix:/path; may be repeated."),
+    ] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder of the database and the packs.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="HOST:PORT on loopback for Prometheus, or off.")] = None,
+) -> None:
+    """Run the oracle server until SIGTERM."""
+    from oracle_server.config import read_config
+
+    with exits():
+        config = read_config(os.environ, listen=listen or (), metrics=metrics, state_dir=state_dir)
+        from oracle_server.server import serve as run
+
+        status = run(config)
+    raise typer.Exit(status)
+
+
+@app.command()
+def recompute(
+    traces: Annotated[list[Path], typer.Argument(help="Step traces of shims (STEP_ORACLE_TRACE).")],
+    state_dir: Annotated[Path | None, typer.Option(help="The server's folder: every generation is recomputed.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="A running server: only steps of the current generation are recomputed.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Recompute every reply of step traces and compare it with what was answered. Exit 1 where one differs."""
+    with exits():
+        if (state_dir is None) == (target is None):
+            typer.echo("step-oracle: give --state-dir or --target", err=True)
+            raise typer.Exit(2)
+        from oracle_server.rpc.recompute import recompute_at, recompute_from
+
+        if target is not None:
+            with connect(target) as client:
+                report = recompute_at(client, traces)
+        elif state_dir is not None:
+            report = recompute_from(state_dir, traces)
+    if json_output:
+        print_json(report.as_dict())
+    else:
+        typer.echo(report.summary())
+    sys.stdout.flush()
+    if report.different:
+        raise typer.Exit(FAILED)
+
+
+@_tenants.command("list")
+def list_tenants(target: Target = TARGET, json_output: Json = False) -> None:
+    """Every tenant with its limits; 0 means no limit."""
+    from oracle_server.cli.console import as_dict
+
+    with connect(target) as client:
+        from step_oracle.v1 import tenant_pb2 as pb
+
+        tenants = list(client.pages(client.tenants.ListTenants, pb.ListTenantsRequest(), "tenants"))
+    if json_output:
+        print_json([as_dict(tenant) for tenant in tenants])
+        return
+    print_table(
+        ("TENANT", "MAX ENGINES", "MAX PACKS", "MAX PACK BYTES"),
+        [(t.name, t.quota.max_engines, t.quota.max_packs, t.quota.max_pack_bytes) for t in tenants],
+    )

@@ -1,0 +1,122 @@
+"""The server's configuration: one table, read once, at the edge."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from oracle_server.errors import InvalidArgument
+
+DEFAULT_TARGET = "127.0.0.1:8470"
+DEFAULT_METRICS = "127.0.0.1:8471"
+DEFAULT_EXPERIMENT = "tenants/default/experiments/default"
+
+# Variables of the other processes and of the tests, let through.
+_OF_OTHERS = (
+    "STEP_ORACLE_TARGET",
+    "STEP_ORACLE_EXPERIMENT",
+    "STEP_ORACLE_ENGINE_ID",
+    "STEP_ORACLE_ENGINE_LABELS",
+    "STEP_ORACLE_TOKEN_FILE",
+    "STEP_ORACLE_BUDGET_SECONDS",
+    "STEP_ORACLE_ON_LOST",
+    "STEP_ORACLE_WAIT",
+    "STEP_ORACLE_TRACE",
+    "STEP_ORACLE_ALLOW_MISMATCH",
+    "STEP_ORACLE_DEVICE",
+    "STEP_ORACLE_DATA",
+    "STEP_ORACLE_CACHE",
+)
+_LISTEN = "STEP_ORACLE_LISTEN"
+_METRICS = "STEP_ORACLE_METRICS"
+_STATE_DIR = "STEP_ORACLE_STATE_DIR"
+_DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """A flag goes before its variable, a variable before the default.
+
+    | field, STEP_ORACLE_... | default | meaning |
+    | --- | --- | --- |
+    | listen | 127.0.0.1:8470 | HOST:PORT on loopback (port 0: any free one) or unix:/path; comma-separated |
+    | metrics | 127.0.0.1:8471 | HOST:PORT on loopback for Prometheus; "off": none |
+    | state_dir | $XDG_STATE_HOME/step-oracle | folder of the database and the packs |
+    | drain_seconds | 5 | how long calls in flight may take after SIGTERM, in seconds |
+    """
+
+    listen: tuple[str, ...]
+    metrics: str
+    state_dir: Path
+    drain_seconds: float
+
+
+def read_config(
+    environ: Mapping[str, str],
+    *,
+    listen: Sequence[str] = (),
+    metrics: str | None = None,
+    state_dir: Path | None = None,
+) -> ServerConfig:
+    """The configuration from flags and environment; InvalidArgument names what is wrong."""
+    _refuse_unknown(environ)
+    addresses = tuple(listen) or tuple(filter(None, environ.get(_LISTEN, DEFAULT_TARGET).split(",")))
+    if not addresses:
+        raise InvalidArgument(f"{_LISTEN} names no address; give HOST:PORT or unix:/path", field="listen")
+    for address in addresses:
+        check_address(address)
+    metrics_address = environ.get(_METRICS, DEFAULT_METRICS) if metrics is None else metrics
+    if metrics_address != "off":
+        check_address(metrics_address)
+        if metrics_address.startswith("unix:"):
+            raise InvalidArgument("Prometheus reads TCP; give --metrics HOST:PORT or off", field="metrics")
+    text = environ.get(_DRAIN_SECONDS, "5")
+    try:
+        drain_seconds = float(text)
+    except ValueError:
+        drain_seconds = -1.0
+    if not 0 <= drain_seconds <= 9:
+        raise InvalidArgument(f"{_DRAIN_SECONDS} is {text!r}; allowed: 0 to 9 seconds", field="drain_seconds")
+    folder = state_dir or Path(environ.get(_STATE_DIR) or _default_state_dir(environ))
+    return ServerConfig(addresses, metrics_address, folder.expanduser(), drain_seconds)
+
+
+def check_address(address: str) -> None:
+    """InvalidArgument unless it is a Unix socket or on loopback: anything else needs TLS, which is not there yet."""
+    if address.startswith("unix:"):
+        if not address.removeprefix("unix:"):
+            raise InvalidArgument("unix: needs a path, for example unix:/run/step-oracle.sock", field="listen")
+        return
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise InvalidArgument(f"the address {address!r} is not HOST:PORT or unix:/path", field="listen")
+    if not is_loopback(host):
+        raise InvalidArgument(
+            f"the address {address!r} is reachable from outside and this server has no TLS yet; listen on 127.0.0.1, "
+            "on ::1 or on a Unix socket",
+            field="listen",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost, 127.0.0.0/8 and ::1."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, *_OF_OTHERS}
+    for name in sorted(environ):
+        if name.startswith("STEP_ORACLE_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InvalidArgument(f"the environment variable {name} is unknown{hint}", field=name)
+
+
+def _default_state_dir(environ: Mapping[str, str]) -> str:
+    return f"{environ.get('XDG_STATE_HOME') or '~/.local/state'}/step-oracle"

@@ -1,0 +1,1 @@
+"""step_oracle.v1 on the wire: the only part of the server that knows the protocol."""

@@ -1,0 +1,116 @@
+"""The data plane: devices, attaching engines, steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from oracle_server.errors import InvalidArgument, OracleError
+from oracle_server.rpc import wire
+from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.status import unary
+from oracle_server.rpc.step_stream import Events, StepStream
+from oracle_server.state.node import Node
+from step_oracle.v1 import oracle_service_pb2 as pb
+from step_oracle.v1 import oracle_service_pb2_grpc
+
+MAX_SAMPLE_STEPS = 4096
+
+_KV_SOURCES = {
+    "engine_override": pb.KV_BLOCKS_SOURCE_ENGINE_OVERRIDE,
+    "pack": pb.KV_BLOCKS_SOURCE_PACK,
+    "scaled": pb.KV_BLOCKS_SOURCE_SCALED,
+}
+
+
+class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
+    """Answers steps. Event loop only."""
+
+    def __init__(self, node: Node, metrics: Metrics, events: Events) -> None:
+        self.node = node
+        self.metrics = metrics
+        self._events = events
+
+    @unary
+    async def GetDevice(self, request: pb.GetDeviceRequest, context: Any) -> pb.GetDeviceResponse:
+        """The device an engine has to look like."""
+        identity = wire.read_identity(request.engine)
+        await self.node.tenant_of(identity.experiment)
+        snapshot = self.node.experiments.find(identity.experiment).snapshot
+        pack = snapshot.pack_for(identity)
+        device = pack.manifest.device
+        return pb.GetDeviceResponse(
+            device=pb.DeviceDescription(
+                name=device.name,
+                memory_bytes=device.memory_bytes,
+                capability_major=device.capability_major,
+                capability_minor=device.capability_minor,
+            ),
+            generation=snapshot.generation,
+            pack_digest=pack.digest,
+            block_size=pack.manifest.kv_cache.block_size,
+            model_runner=pack.manifest.engine.model_runner or "",
+        )
+
+    @unary
+    async def AttachEngine(self, request: pb.AttachEngineRequest, context: Any) -> pb.AttachEngineResponse:
+        """Lets an engine core in."""
+        identity = wire.read_identity(request.engine)
+        await self.node.tenant_of(identity.experiment)
+        facts = wire.read_facts(request.config)
+        try:
+            attached = await self.node.attachments.attach(
+                identity, facts, request.device_generation, frozenset(request.allow_mismatch)
+            )
+        except OracleError as error:
+            self._events.info(
+                "refused",
+                experiment=identity.experiment,
+                engine=identity.engine_id,
+                reason=error.reason,
+                why=error.message,
+            )
+            raise
+        self.metrics.attached += 1
+        self._events.info(
+            "attached",
+            experiment=identity.experiment,
+            engine=identity.engine_id,
+            incarnation=attached.incarnation,
+            generation=attached.generation,
+            pack=attached.pack.digest,
+            warnings=len(attached.warnings),
+        )
+        return pb.AttachEngineResponse(
+            incarnation=attached.incarnation,
+            generation=attached.generation,
+            pack_digest=attached.pack.digest,
+            num_kv_blocks=attached.kv_blocks.blocks,
+            kv_blocks_source=_KV_SOURCES[attached.kv_blocks.source],
+            kv_blocks_basis=attached.kv_blocks.basis,
+            differences=wire.write_differences(attached.differences),
+            warnings=attached.warnings,
+        )
+
+    async def StreamSteps(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """One engine's steps. The handler reads and writes the context itself: a push has to share the writer."""
+        await StepStream(self.node, self.metrics, self._events, context).run()
+
+    @unary
+    async def SampleStep(self, request: pb.SampleStepRequest, context: Any) -> pb.SampleStepResponse:
+        """Answers steps without a stream."""
+        identity = wire.read_identity(request.engine)
+        await self.node.tenant_of(identity.experiment)
+        if len(request.steps) > MAX_SAMPLE_STEPS:
+            raise InvalidArgument(f"{len(request.steps)} steps; allowed in one call: {MAX_SAMPLE_STEPS}", field="steps")
+        snapshot = self.node.experiments.find(identity.experiment).snapshot
+        snapshot.check_generation(request.min_generation)
+        plan = snapshot.plan(identity)
+        response = pb.SampleStepResponse()
+        for step in request.steps:
+            query, drafts, new_requests = wire.read_step(step)
+            answer = plan.answer(step.step_index, query, drafts, new_requests)
+            wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
+            self.metrics.steps[answer.support] += 1
+        return response

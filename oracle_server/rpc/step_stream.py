@@ -1,0 +1,217 @@
+"""One StreamSteps call: the hot path.
+
+Per step: read the experiment's snapshot once, check the step, draw, fill the reply. No logging, parsing, compiling or
+thread hop. One task reads, answers and writes; an activation pushes the new generation through the same writer, under
+its lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+import grpc
+from grpc.aio import EOF  # type: ignore[attr-defined]
+
+from oracle_server.errors import InvalidArgument, OracleError
+from oracle_server.rpc import wire
+from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.status import abort, internal
+from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
+from oracle_server.state.engines import EngineRecord
+from oracle_server.state.experiments import LiveExperiment
+from oracle_server.state.identity import EngineIdentity
+from oracle_server.state.node import Node
+from oracle_server.state.snapshot import EnginePlan
+from step_oracle.v1 import oracle_service_pb2 as pb
+
+BREAK_SECONDS = 0.005
+CLOSED = "closed by the engine"
+
+
+class Events(Protocol):
+    """Where bounded events go; never blocks."""
+
+    def info(self, event: str, **values: Any) -> Any:
+        """Say that something happened."""
+
+
+class StepStream:
+    """Owned by its handler task; `announce` and `end` are called by other tasks of the same loop."""
+
+    def __init__(
+        self, node: Node, metrics: Metrics, events: Events, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        self._node = node
+        self._metrics = metrics
+        self._events = events
+        self._context = context
+        self._writing = asyncio.Lock()
+        # The handler's task, only while it waits for the engine's next message.
+        self._reading: asyncio.Task[Any] | None = None
+        self._ending: OracleError | None = None
+        self._plan: EnginePlan | None = None
+        self._announced = 0
+        self._pushing: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Answer until the engine closes its side, an error or the server's end."""
+        metrics = self._metrics
+        metrics.streams += 1
+        code, reason = "CANCELLED", ""
+        try:
+            await self._serve()
+            code = "OK"
+        except OracleError as error:
+            code, reason = error.code, error.reason
+            await abort(self._context, error)
+        except Exception as error:  # noqa: BLE001 - the edge: it is logged with its trace and answered
+            code = "INTERNAL"
+            await abort(self._context, internal("StreamSteps", error))
+        finally:
+            metrics.streams -= 1
+            metrics.count_call("StreamSteps", code, reason)
+            if self._pushing is not None:
+                self._pushing.cancel()
+
+    def announce(self, generation: int) -> None:
+        """Push the new generation; several in a row become one message."""
+        self._announced = generation
+        if self._pushing is None or self._pushing.done():
+            self._pushing = asyncio.create_task(self._push())
+
+    def end(self, error: OracleError) -> None:
+        """End the stream with the error: at once while it waits for the engine, else after the message in work."""
+        if self._ending is None:
+            self._ending = error
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _serve(self) -> None:
+        first = await self._read()
+        if first is EOF:
+            raise InvalidArgument("the stream ended before its first message, which carries `open`", field="open")
+        if not first.HasField("open"):
+            raise InvalidArgument(
+                "the first message of a stream carries `open`; nothing is answered before", field="open"
+            )
+        identity = wire.read_identity(first.open.engine)
+        await self._node.tenant_of(identity.experiment)
+        live, record = await self._node.attachments.open_stream(
+            identity,
+            wire.read_facts(first.open.config),
+            first.open.incarnation,
+            frozenset(first.open.allow_mismatch),
+            self,
+        )
+        why = "cancelled"
+        try:
+            opened = pb.StreamOpened(incarnation=record.incarnation, generation=live.snapshot.generation)
+            await self._answer(first, live, record, identity, pb.StreamStepsResponse(opened=opened))
+            while (request := await self._read()) is not EOF:
+                if request.HasField("open"):
+                    raise InvalidArgument("`open` belongs to the first message of a stream only", field="open")
+                await self._answer(request, live, record, identity, pb.StreamStepsResponse())
+            # A broken connection reads as the end too (grpcio 1.85); its cancellation follows with the next turns.
+            await asyncio.sleep(BREAK_SECONDS)
+            why = CLOSED
+        except OracleError as error:
+            why = error.reason
+            raise
+        finally:
+            self._node.attachments.close_stream(record, self, by_engine=why == CLOSED)
+            self._events.info(
+                "stream closed", experiment=live.name, engine=identity.engine_id, why=why, steps=record.counts.steps
+            )
+
+    async def _read(self) -> Any:
+        self._raise_ending()
+        task = self._reading = asyncio.current_task()
+        try:
+            return await self._context.read()
+        except asyncio.CancelledError:
+            if self._ending is None or task is None:
+                raise
+            task.uncancel()
+        finally:
+            self._reading = None
+        self._raise_ending()
+        raise AssertionError("only an ending cancels a read")
+
+    def _raise_ending(self) -> None:
+        if self._ending is not None:
+            raise self._ending
+
+    async def _answer(
+        self,
+        request: pb.StreamStepsRequest,
+        live: LiveExperiment,
+        record: EngineRecord,
+        identity: EngineIdentity,
+        response: pb.StreamStepsResponse,
+    ) -> None:
+        """Answer one message. What comes before a step that cannot be answered is sent before the error."""
+        if request.HasField("counts"):
+            self._count(request.counts, record)
+        failure: OracleError | None = None
+        if request.steps:
+            begin = perf_counter_ns()
+            try:
+                self._answer_steps(request, live, record, identity, response)
+            except OracleError as error:
+                failure = error
+            self._metrics.count_message(perf_counter_ns() - begin)
+        if response.replies or response.HasField("opened"):
+            async with self._writing:
+                await self._context.write(response)
+        if failure is not None:
+            raise failure
+
+    def _answer_steps(
+        self,
+        request: pb.StreamStepsRequest,
+        live: LiveExperiment,
+        record: EngineRecord,
+        identity: EngineIdentity,
+        response: pb.StreamStepsResponse,
+    ) -> None:
+        counts = record.counts
+        steps_by_support = self._metrics.steps
+        min_generation = request.min_generation
+        for step in request.steps:
+            snapshot = live.snapshot
+            plan = self._plan
+            if plan is None or plan.snapshot is not snapshot:
+                plan = self._plan = snapshot.plan(identity)
+            if plan.generation < min_generation:
+                snapshot.check_generation(min_generation)
+            query, drafts, new_requests = wire.read_step(step)
+            answer = plan.answer(step.step_index, query, drafts, new_requests)
+            wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
+            counts.steps += 1
+            steps_by_support[answer.support] += 1
+            if answer.support == SUPPORT_EXTRAPOLATED:
+                counts.extrapolated_steps += 1
+
+    def _count(self, counts: pb.ShimCounts, record: EngineRecord) -> None:
+        metrics = self._metrics
+        record.counts.late_answers += counts.late_answers
+        record.counts.leased_steps += counts.leased_steps
+        record.counts.reconnects += counts.reconnects
+        metrics.shim_steps += counts.steps
+        metrics.shim_leased_steps += counts.leased_steps
+        metrics.shim_late_answers += counts.late_answers
+        metrics.shim_late_answer_ns += counts.late_answer_ns
+        metrics.shim_reconnects += counts.reconnects
+        metrics.shim_lateness_sum_ns += counts.lateness_sum_ns
+        # An older shim may know fewer buckets, a newer one more: what does not fit is left out.
+        for i, count in enumerate(counts.lateness_buckets[: len(metrics.shim_lateness_buckets)]):
+            metrics.shim_lateness_buckets[i] += count
+
+    async def _push(self) -> None:
+        pushed = 0
+        while pushed != self._announced:
+            pushed = self._announced
+            async with self._writing:
+                await self._context.write(pb.StreamStepsResponse(new_generation=pushed))

@@ -1,0 +1,330 @@
+"""Messages of step_oracle.v1 <-> plain values. A step is checked here, by hand, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from oracle_server import pack as packs
+from oracle_server.errors import BadStep, InvalidArgument
+from oracle_server.sampling.shape import StepQuery, check_query
+from oracle_server.state import binding as bindings
+from oracle_server.state import names
+from oracle_server.state.binding import Binding, LengthClass, LengthTable, Overlay, Rule
+from oracle_server.state.engines import EngineRecord
+from oracle_server.state.experiments import LiveExperiment
+from oracle_server.state.identity import EngineIdentity
+from oracle_server.state.snapshot import NewRequest, StepAnswer
+from oracle_server.state.store import GenerationRow, PackRow, TenantRow
+from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2, tenant_pb2
+
+MAX_CHUNKS = 4096
+MAX_NEW_REQUESTS = 65_536
+MAX_TOKENS = 1 << 24
+MAX_CONTEXT_TOKENS = 1 << 40
+# A step index enters the kernels as a signed 64-bit integer.
+MAX_STEP_INDEX = (1 << 63) - 1
+
+_FACTS = tuple(field.name for field in dataclasses.fields(packs.EngineFacts))
+_NONE: tuple[int, ...] = ()
+_POLICIES = {
+    experiment_pb2.SUPPORT_POLICY_UNSPECIFIED: bindings.SUPPORT_SERVE,
+    experiment_pb2.SUPPORT_POLICY_SERVE: bindings.SUPPORT_SERVE,
+    experiment_pb2.SUPPORT_POLICY_REFUSE: bindings.SUPPORT_REFUSE,
+}
+
+
+# Steps
+
+
+def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], tuple[NewRequest, ...]]:
+    """(shape, draft tokens of each request that has any, new requests) of a step; BadStep where it cannot be."""
+    shape = step.shape
+    chunks = shape.prefill_chunks
+    if len(chunks) > MAX_CHUNKS:
+        raise _bad(step, f"{len(chunks)} prefill chunks; allowed: {MAX_CHUNKS}", "prefill_chunks")
+    requests = shape.num_decode_requests
+    tokens = shape.num_decode_tokens
+    new = shape.new_requests
+    query = StepQuery(
+        tuple([chunk.num_tokens for chunk in chunks]) if chunks else _NONE,
+        tuple([chunk.context_tokens for chunk in chunks]) if chunks else _NONE,
+        requests,
+        tokens,
+        shape.decode_context_tokens,
+        shape.max_decode_context_tokens,
+        shape.concurrency,
+        shape.previous_prefill_tokens,
+        len(new),
+    )
+    if sum(query.chunk_tokens) + tokens > MAX_TOKENS:
+        raise _bad(step, f"{sum(query.chunk_tokens) + tokens} tokens; allowed: {MAX_TOKENS}", "shape")
+    if query.decode_context_tokens > MAX_CONTEXT_TOKENS:
+        raise _bad(
+            step,
+            f"{query.decode_context_tokens} context tokens; allowed: {MAX_CONTEXT_TOKENS}",
+            "decode_context_tokens",
+        )
+    if step.step_index > MAX_STEP_INDEX:
+        raise _bad(step, "an index above 2^63 - 1", "step_index")
+    try:
+        check_query(query)
+    except BadStep as error:
+        raise _bad(step, error.message, error.field) from None
+    drafts = _NONE
+    if tokens != requests or shape.num_draft_tokens:
+        drafts = tuple(shape.num_draft_tokens)
+        if len(drafts) > requests or 0 in drafts or sum(drafts) != tokens - requests:
+            raise _bad(
+                step,
+                f"{len(drafts)} requests with {sum(drafts)} draft tokens among {requests} decode requests with "
+                f"{tokens} tokens: draft tokens are positive and add up to num_decode_tokens - num_decode_requests",
+                "num_draft_tokens",
+            )
+    return query, drafts, _read_new_requests(step) if new else ()
+
+
+def write_reply(reply: step_pb2.StepReply, step_index: int, generation: int, answer: StepAnswer) -> None:
+    """Fill the reply to one step."""
+    reply.step_index = step_index
+    reply.latency_ns.append(answer.latency_ns)
+    reply.prep_ns = answer.prep_ns
+    reply.copy_ns = answer.copy_ns
+    reply.generated_tokens = answer.generated_tokens
+    if answer.accepted_draft_tokens:
+        reply.accepted_draft_tokens.extend(answer.accepted_draft_tokens)
+    for output_tokens, source in answer.targets:
+        reply.target_output_tokens.add(output_tokens=output_tokens, source=source)
+    reply.generation = generation
+    reply.support = answer.support  # type: ignore[assignment]
+    reply.knowledge = answer.knowledge  # type: ignore[assignment]
+    reply.support_distance = answer.distance
+
+
+def _read_new_requests(step: step_pb2.StepRequest) -> tuple[NewRequest, ...]:
+    new = step.shape.new_requests
+    if len(new) > MAX_NEW_REQUESTS:
+        raise _bad(step, f"{len(new)} new requests; allowed: {MAX_NEW_REQUESTS}", "new_requests")
+    for request in new:
+        if not request.request_key:
+            raise _bad(step, "a new request without a request_key", "new_requests.request_key")
+    return tuple(
+        [NewRequest(r.request_key, r.prompt_tokens, r.ignore_eos, r.output_tokens_hint, r.length_class) for r in new]
+    )
+
+
+def _bad(step: step_pb2.StepRequest, what: str, field: str) -> BadStep:
+    return BadStep(f"step {step.step_index} cannot be: {what}", field=field)
+
+
+# Engines
+
+
+def read_identity(engine: oracle_service_pb2.EngineIdentity) -> EngineIdentity:
+    """Who an engine is; InvalidArgument."""
+    tenant, experiment = names.parse_experiment(engine.experiment, "engine.experiment")
+    labels = dict(engine.labels)
+    bindings.check_labels(labels, "engine.labels")
+    return EngineIdentity(
+        names.experiment_name(tenant, experiment),
+        names.check_engine_id(engine.engine_id, "engine.engine_id"),
+        labels,
+        engine.model,
+        engine.tensor_parallel_size,
+    )
+
+
+def read_facts(config: oracle_service_pb2.EngineConfig) -> packs.EngineFacts:
+    """The engine's configuration as packs compare it."""
+    values = {name: getattr(config, name) for name in _FACTS}
+    values["graph_capture_sizes"] = tuple(config.graph_capture_sizes)
+    return packs.EngineFacts(**values)
+
+
+def write_engine(record: EngineRecord, generation: int) -> experiment_pb2.AttachedEngine:
+    """One line of ListEngines."""
+    counts = record.counts
+    return experiment_pb2.AttachedEngine(
+        engine_id=record.identity.engine_id,
+        incarnation=record.incarnation,
+        pack_digest=record.accepted_digest,
+        generation=generation,
+        model=record.identity.model,
+        vllm_version=record.facts.vllm_version,
+        labels=record.identity.labels,
+        streaming=record.stream is not None,
+        steps=counts.steps,
+        extrapolated_steps=counts.extrapolated_steps,
+        late_answers=counts.late_answers,
+        leased_steps=counts.leased_steps,
+        reconnects=counts.reconnects,
+    )
+
+
+def write_differences(differences: Iterable[packs.Difference]) -> list[oracle_service_pb2.ManifestDifference]:
+    """Differences between an engine and a manifest."""
+    severities = {
+        "warn": oracle_service_pb2.ManifestDifference.SEVERITY_WARN,
+        "refuse": oracle_service_pb2.ManifestDifference.SEVERITY_REFUSE,
+    }
+    return [
+        oracle_service_pb2.ManifestDifference(
+            field=d.field, pack_value=d.pack_value, engine_value=d.engine_value, severity=severities[d.severity]
+        )
+        for d in differences
+    ]
+
+
+# Experiments
+
+
+def read_binding(message: experiment_pb2.Binding) -> Binding:
+    """A binding as the state keeps it; InvalidArgument for what this server does not do yet."""
+    if message.shadow_pack_digest:
+        raise InvalidArgument(
+            "shadow packs are not supported yet; leave shadow_pack_digest empty", field="binding.shadow_pack_digest"
+        )
+    if message.support_policy not in _POLICIES:
+        raise InvalidArgument(
+            f"support_policy is {message.support_policy}; allowed: SERVE and REFUSE", field="binding.support_policy"
+        )
+    table = None
+    if message.HasField("length_table"):
+        classes = tuple(
+            LengthClass(c.name, tuple(c.prompt_bin_begin), tuple(c.quantile_tokens), c.quantiles_per_bin)
+            for c in message.length_table.classes
+        )
+        table = LengthTable(classes, message.length_table.provenance)
+    return Binding(
+        rules=tuple(
+            Rule(r.pack_digest, dict(r.labels), r.model, r.tensor_parallel_size, r.fraction, r.fraction_salt)
+            for r in message.rules
+        ),
+        default_pack_digest=message.default_pack_digest,
+        seed=message.seed,
+        support_policy=_POLICIES[message.support_policy],
+        length_table=table,
+        draft_acceptance_rate=message.draft_acceptance_rate,
+        time_scale=message.time_scale or 1.0,
+        overlays=tuple(_read_overlay(overlay, i) for i, overlay in enumerate(message.overlays)),
+    )
+
+
+def _read_overlay(overlay: experiment_pb2.Overlay, index: int) -> Overlay:
+    for field in (
+        "stall_every_steps",
+        "stall_ns",
+        "error_every_steps",
+        "degradation_per_hour",
+        "begin_step_index",
+        "end_step_index",
+        "begin_device_time_ns",
+        "end_device_time_ns",
+    ):
+        if getattr(overlay, field):
+            where = f"binding.overlays[{index}].{field}"
+            raise InvalidArgument(
+                f"{where} is not supported yet; a constant slow_down_factor is, with labels or a fraction", field=where
+            )
+    return Overlay(overlay.slow_down_factor or 1.0, dict(overlay.labels), overlay.fraction, overlay.fraction_salt)
+
+
+def write_binding(binding: Binding) -> experiment_pb2.Binding:
+    """The inverse of read_binding."""
+    message = experiment_pb2.Binding(
+        rules=[
+            experiment_pb2.Rule(
+                labels=rule.labels,
+                model=rule.model,
+                tensor_parallel_size=rule.tensor_parallel_size,
+                fraction=rule.fraction,
+                fraction_salt=rule.fraction_salt,
+                pack_digest=rule.pack_digest,
+            )
+            for rule in binding.rules
+        ],
+        default_pack_digest=binding.default_pack_digest,
+        seed=binding.seed,
+        support_policy=(
+            experiment_pb2.SUPPORT_POLICY_REFUSE
+            if binding.support_policy == bindings.SUPPORT_REFUSE
+            else experiment_pb2.SUPPORT_POLICY_SERVE
+        ),
+        draft_acceptance_rate=binding.draft_acceptance_rate,
+        time_scale=binding.time_scale,
+        overlays=[
+            experiment_pb2.Overlay(
+                labels=overlay.labels,
+                fraction=overlay.fraction,
+                fraction_salt=overlay.fraction_salt,
+                slow_down_factor=overlay.slow_down_factor,
+            )
+            for overlay in binding.overlays
+        ],
+    )
+    if binding.length_table is not None:
+        message.length_table.provenance = binding.length_table.provenance
+        for c in binding.length_table.classes:
+            message.length_table.classes.add(
+                name=c.name,
+                prompt_bin_begin=c.prompt_bin_begin,
+                quantile_tokens=c.quantile_tokens,
+                quantiles_per_bin=c.quantiles_per_bin,
+            )
+    return message
+
+
+def write_experiment(live: LiveExperiment, record: GenerationRow, attached: int) -> experiment_pb2.Experiment:
+    """An experiment at one of its generations."""
+    return experiment_pb2.Experiment(
+        name=live.name,
+        generation=record.generation,
+        binding=write_binding(record.binding),
+        create_time=timestamp(live.create_time_ns),
+        update_time=timestamp(record.create_time_ns),
+        attached_engines=attached,
+    )
+
+
+def write_generation(record: GenerationRow) -> experiment_pb2.GenerationRecord:
+    """One line of an experiment's history."""
+    return experiment_pb2.GenerationRecord(
+        generation=record.generation,
+        binding=write_binding(record.binding),
+        create_time=timestamp(record.create_time_ns),
+        reason=record.reason,
+    )
+
+
+# Packs and tenants
+
+
+def write_pack(row: PackRow) -> pack_pb2.ProfilePack:
+    """A stored pack."""
+    return pack_pb2.ProfilePack(
+        name=names.pack_name(row.tenant, row.digest),
+        digest=row.digest,
+        manifest_json=row.manifest.decode(),
+        size_bytes=row.size_bytes,
+        create_time=timestamp(row.create_time_ns),
+    )
+
+
+def write_tenant(row: TenantRow) -> tenant_pb2.Tenant:
+    """A tenant and its limits."""
+    return tenant_pb2.Tenant(
+        name=names.tenant_name(row.tenant),
+        quota=tenant_pb2.TenantQuota(
+            max_engines=row.max_engines,
+            max_steps_per_second=row.max_steps_per_second,
+            max_packs=row.max_packs,
+            max_pack_bytes=row.max_pack_bytes,
+        ),
+    )
+
+
+def timestamp(time_ns: int) -> Timestamp:
+    """Nanoseconds since 1970 as a message."""
+    return Timestamp(seconds=time_ns // 1_000_000_000, nanos=time_ns % 1_000_000_000)

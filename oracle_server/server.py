@@ -1,0 +1,155 @@
+"""`step-oracle serve`: opens the state, answers over gRPC, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import uvloop
+from google.rpc import error_details_pb2  # noqa: F401 - reflection then describes the details of an error too
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from oracle_server.config import ServerConfig
+from oracle_server.errors import OracleError, StoreFailed
+from oracle_server.logs import configure
+from oracle_server.rpc.experiment_service import ExperimentService
+from oracle_server.rpc.metrics import Metrics, MetricsCollector
+from oracle_server.rpc.oracle_service import OracleService
+from oracle_server.rpc.pack_service import ProfilePackService
+from oracle_server.rpc.tenant_service import TenantService
+from oracle_server.state.node import Node
+from step_oracle.v1 import (
+    experiment_pb2,
+    experiment_pb2_grpc,
+    oracle_service_pb2,
+    oracle_service_pb2_grpc,
+    pack_pb2,
+    pack_pb2_grpc,
+    tenant_pb2,
+    tenant_pb2_grpc,
+)
+
+SERVICES = (
+    oracle_service_pb2.DESCRIPTOR.services_by_name["OracleService"].full_name,
+    pack_pb2.DESCRIPTOR.services_by_name["ProfilePackService"].full_name,
+    experiment_pb2.DESCRIPTOR.services_by_name["ExperimentService"].full_name,
+    tenant_pb2.DESCRIPTOR.services_by_name["TenantService"].full_name,
+)
+# Shims ping each 30 s; the server tolerates one per 10 s, with or without a call (grpc's default is one per 300 s, and
+# a GOAWAY for whoever pings more often).
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+def serve(config: ServerConfig) -> int:
+    """Run until SIGTERM or SIGINT; the exit status. StoreFailed and InvalidArgument where it cannot start."""
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: ServerConfig) -> int:
+    metrics = Metrics()
+    events, log_writer = configure(metrics.count_dropped_line)
+    node = Node(config.state_dir)
+    server = grpc.aio.server(options=_OPTIONS)
+    health = HealthServicer()
+    _add_services(server, node, metrics, events, health)
+    try:
+        addresses = _bind(server, config.listen)
+        metrics_server = _serve_metrics(config, metrics, node)
+    except OracleError:
+        await node.close()
+        raise
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    for service in ("", *SERVICES):
+        await health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await server.start()
+    events.info("started", listen=addresses, state_dir=str(config.state_dir), pid=os.getpid())
+    try:
+        compiled = await node.open()
+    except OracleError:
+        await server.stop(0)
+        await node.close()
+        raise
+    # Nothing of the start is garbage any more: the collector need not look at it while steps are answered.
+    gc.collect()
+    gc.freeze()
+    for service in ("", *SERVICES):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    metrics_address = "off" if metrics_server is None else _address_of(metrics_server[0])
+    events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled))
+    print(
+        f"step-oracle: ready at {', '.join(addresses)}; metrics {metrics_address}; state {config.state_dir}", flush=True
+    )
+    await stop.wait()
+    # A peer that watches its health and does not read must not hold up the end.
+    with suppress(TimeoutError):
+        await asyncio.wait_for(health.enter_graceful_shutdown(), 1.0)
+    node.experiments.drain()
+    await server.stop(config.drain_seconds)
+    await node.close()
+    if metrics_server is not None:
+        metrics_server[0].shutdown()
+    events.info("drained", steps=sum(metrics.steps))
+    await asyncio.to_thread(log_writer.close)
+    return 0
+
+
+def _add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: Any, health: HealthServicer) -> None:
+    oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(OracleService(node, metrics, events), server)
+    pack_pb2_grpc.add_ProfilePackServiceServicer_to_server(ProfilePackService(node, metrics, events), server)
+    experiment_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(node, metrics, events), server)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantService(node, metrics), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
+
+
+def _bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
+    """Bind every address; the addresses with their real ports."""
+    bound = []
+    for address in listen:
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StoreFailed(
+                f"the address {address} cannot be bound: {error}; is another server there? Give another --listen"
+            ) from error
+        bound.append(address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}")
+    return bound
+
+
+def _serve_metrics(config: ServerConfig, metrics: Metrics, node: Node) -> tuple[Any, Any] | None:
+    if config.metrics == "off":
+        return None
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(metrics, node.experiments))
+    host, _, port = config.metrics.rpartition(":")
+    try:
+        return start_http_server(int(port), addr=host.strip("[]"), registry=registry)
+    except OSError as error:
+        raise StoreFailed(
+            f"the metrics address {config.metrics} cannot be bound: {error}; give another --metrics, or --metrics off"
+        ) from error
+
+
+def _address_of(http_server: Any) -> str:
+    host, port = http_server.server_address[:2]
+    return f"http://{host}:{port}/metrics"

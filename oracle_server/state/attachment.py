@@ -1,0 +1,247 @@
+"""How an engine joins an experiment: the device it asks for, its attach, its stream, the way back after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from oracle_server import pack as packs
+from oracle_server.errors import (
+    AcceptanceUnknown,
+    EngineIdTaken,
+    InvalidArgument,
+    NoRuleMatches,
+    QuotaExceeded,
+    StaleGeneration,
+)
+from oracle_server.state.engines import (
+    ATTACH_SECONDS,
+    LINGER_SECONDS,
+    EngineRecord,
+    EngineStream,
+    check_engine,
+    mismatch,
+    sentence,
+)
+from oracle_server.state.experiments import Experiments, LiveExperiment
+from oracle_server.state.identity import EngineIdentity, pack_of
+from oracle_server.state.records import Records
+from oracle_server.state.snapshot import LoadedPack
+from oracle_server.state.store import EngineRow
+
+_MAX_INCARNATION = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What AttachEngine answers."""
+
+    incarnation: int
+    generation: int
+    pack: LoadedPack
+    kv_blocks: packs.KvPlan
+    differences: tuple[packs.Difference, ...]
+    warnings: tuple[str, ...]
+
+
+class Attachments:
+    """Engines come and go through it. Event loop only."""
+
+    def __init__(self, experiments: Experiments, records: Records, *, monotonic: Callable[[], float]) -> None:
+        self._experiments = experiments
+        self._records = records
+        self._monotonic = monotonic
+
+    async def attach(
+        self, identity: EngineIdentity, facts: packs.EngineFacts, device_generation: int, allowed: frozenset[str]
+    ) -> Attached:
+        """Let an engine in: its incarnation, its KV blocks and the differences let pass.
+
+        Raises ExperimentNotFound, NoRuleMatches, EngineMismatch, EngineIdTaken, StaleGeneration, AcceptanceUnknown,
+        QuotaExceeded.
+        """
+        self._experiments.find(identity.experiment)
+        return await self._records.change(self._attach(identity, facts, device_generation, allowed))
+
+    async def open_stream(
+        self,
+        identity: EngineIdentity,
+        facts: packs.EngineFacts,
+        incarnation: int,
+        allowed: frozenset[str],
+        stream: EngineStream,
+    ) -> tuple[LiveExperiment, EngineRecord]:
+        """Give the engine's steps a stream. The engine may be unknown here: the server restarted since it attached."""
+        self._experiments.find(identity.experiment)
+        return await self._records.change(self._open_stream(identity, facts, incarnation, allowed, stream))
+
+    def close_stream(self, record: EngineRecord, stream: EngineStream, *, by_engine: bool) -> None:
+        """Free the engine id, unless a newer stream of the same engine has taken over."""
+        if record.stream is stream:
+            record.stream = None
+            record.ended, record.closed = True, by_engine
+            record.since = self._monotonic()
+
+    # Below: under the lock of `Records.change`.
+
+    async def _attach(
+        self, identity: EngineIdentity, facts: packs.EngineFacts, device_generation: int, allowed: frozenset[str]
+    ) -> Attached:
+        live = self._experiments.find(identity.experiment)
+        snapshot = live.snapshot
+        if device_generation > snapshot.generation:
+            raise StaleGeneration(
+                f"the engine's device is of generation {device_generation} of {live.name}, this server is at "
+                f"{snapshot.generation}; retry, here or elsewhere"
+            )
+        pack = snapshot.pack_for(identity)
+        now = self._monotonic()
+        self._forget_the_gone(live, now)
+        known = live.engines.get(identity.engine_id)
+        if known is not None and known.is_live(now):
+            raise _taken(identity, known, now)
+        await self._check_quota(live, now)
+        _check_speculation(live, facts)
+        passed, refused = check_engine(pack, facts, allowed, frozen=False)
+        if refused:
+            raise mismatch(
+                f"the engine {identity.engine_id!r} does not fit the pack {pack.digest}", _sentences(refused)
+            )
+        passed += await self._device_differences(live, identity, device_generation, pack)
+        kv_blocks = packs.plan_kv_blocks(pack.manifest, facts)
+        store = self._records.store
+        incarnation = await self._records.call(
+            store.attach_engine, live.tenant, live.experiment, identity.engine_id, pack.digest
+        )
+        given = replace(facts, num_kv_blocks=kv_blocks.blocks)
+        live.engines[identity.engine_id] = EngineRecord(identity, given, incarnation, pack.digest, allowed, since=now)
+        warnings = _sentences(passed)
+        if kv_blocks.warning:
+            warnings += (kv_blocks.warning,)
+        return Attached(incarnation, snapshot.generation, pack, kv_blocks, passed, warnings)
+
+    async def _open_stream(
+        self,
+        identity: EngineIdentity,
+        facts: packs.EngineFacts,
+        incarnation: int,
+        allowed: frozenset[str],
+        stream: EngineStream,
+    ) -> tuple[LiveExperiment, EngineRecord]:
+        live = self._experiments.find(identity.experiment)
+        store = self._records.store
+        row = await self._records.call(store.engine, live.tenant, live.experiment, identity.engine_id)
+        if not 0 < incarnation < _MAX_INCARNATION:
+            raise InvalidArgument(
+                f"incarnation is {incarnation}; call AttachEngine first and present its incarnation",
+                field="open.incarnation",
+            )
+        if row is not None and incarnation < row.incarnation:
+            raise EngineIdTaken(
+                f"the engine id {identity.engine_id!r} was attached again since (incarnation {row.incarnation}, yours "
+                f"is {incarnation}); give each vLLM server its own STEP_ORACLE_ENGINE_ID"
+            )
+        pack = live.snapshot.pack_for(identity)
+        _check_speculation(live, facts)
+        accepted = EngineRow(incarnation, pack.digest)
+        if row is None or row.accepted_digest != pack.digest:
+            # It attached under another pack: what that pack gave it at its start cannot change any more.
+            _, refused = check_engine(pack, facts, allowed, frozen=True)
+            if refused:
+                raise mismatch(
+                    f"the running engine {identity.engine_id!r} does not fit the pack {pack.digest}",
+                    _sentences(refused),
+                )
+        if row != accepted:
+            await self._records.call(store.accept_engine, live.tenant, live.experiment, identity.engine_id, accepted)
+        now = self._monotonic()
+        self._forget_the_gone(live, now)
+        record = live.engines.get(identity.engine_id)
+        if record is None or record.incarnation != incarnation:
+            record = EngineRecord(identity, facts, incarnation, pack.digest, allowed, since=now)
+            live.engines[identity.engine_id] = record
+        elif record.stream is not None:
+            record.stream.end(
+                EngineIdTaken(f"the engine {identity.engine_id!r} opened a newer stream; this one is answered no more")
+            )
+        if not facts.num_kv_blocks:
+            facts = replace(facts, num_kv_blocks=record.facts.num_kv_blocks)
+        record.identity, record.facts, record.allowed = identity, facts, allowed
+        record.accepted_digest = pack.digest
+        record.stream, record.ended, record.closed = stream, False, False
+        return live, record
+
+    async def _device_differences(
+        self, live: LiveExperiment, identity: EngineIdentity, device_generation: int, pack: LoadedPack
+    ) -> tuple[packs.Difference, ...]:
+        """The device the engine was shown, where it is not the pack's: somebody activated another one in between."""
+        if device_generation in (0, live.snapshot.generation):
+            return ()
+        store = self._records.store
+        row = await self._records.call(store.generation, live.tenant, live.experiment, device_generation)
+        if row is None:
+            return ()
+        try:
+            # As the engine asked then: before it knew its model.
+            digest = pack_of(row.binding, replace(identity, model="", tensor_parallel_size=0))
+        except NoRuleMatches:
+            return ()
+        shown = await self._records.call(store.pack, live.tenant, digest)
+        if shown is None:
+            return ()
+        before, now = packs.parse_manifest(shown.manifest).device, pack.manifest.device
+        if (before.name, before.memory_bytes) == (now.name, now.memory_bytes):
+            return ()
+        return (
+            packs.Difference(
+                "device",
+                f"{now.name} ({now.memory_bytes} bytes)",
+                f"{before.name} ({before.memory_bytes} bytes)",
+                "warn",
+            ),
+        )
+
+    async def _check_quota(self, live: LiveExperiment, now: float) -> None:
+        limit = (await self._experiments.tenant(live.tenant)).max_engines
+        if not limit:
+            return
+        attached = sum(
+            engine.is_live(now)
+            for other in self._experiments.all()
+            if other.tenant == live.tenant
+            for engine in other.engines.values()
+        )
+        if attached >= limit:
+            raise QuotaExceeded(f"tenants/{live.tenant} has {attached} engines attached; allowed: {limit}")
+
+    def _forget_the_gone(self, live: LiveExperiment, now: float) -> None:
+        gone = [
+            engine_id
+            for engine_id, engine in live.engines.items()
+            if not engine.is_live(now) and now - engine.since > LINGER_SECONDS
+        ]
+        for engine_id in gone:
+            del live.engines[engine_id]
+
+
+def _check_speculation(live: LiveExperiment, facts: packs.EngineFacts) -> None:
+    if facts.num_speculative_tokens and not live.snapshot.binding.draft_acceptance_rate:
+        raise AcceptanceUnknown(
+            f"the engine speculates ({facts.num_speculative_tokens} tokens) and {live.name} has no "
+            "draft_acceptance_rate; activate one, or start the engine without speculation"
+        )
+
+
+def _taken(identity: EngineIdentity, known: EngineRecord, now: float) -> EngineIdTaken:
+    if known.stream is not None:
+        held = "has an open stream"
+    else:
+        held = f"attached {now - known.since:.0f} s ago and keeps its id for {ATTACH_SECONDS:.0f} s"
+    return EngineIdTaken(
+        f"a live engine has the id {identity.engine_id!r} in {identity.experiment}: it {held}; give each vLLM server "
+        "its own STEP_ORACLE_ENGINE_ID"
+    )
+
+
+def _sentences(differences: tuple[packs.Difference, ...]) -> tuple[str, ...]:
+    return tuple(sentence(difference) for difference in differences)

@@ -1,0 +1,313 @@
+"""Experiments: create, activate, roll back, watch, delete.
+
+Every change is on disk before the snapshot in memory flips, and the flip is one assignment: a step reads `snapshot`
+once, so no answer mixes two generations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+
+from oracle_server.errors import (
+    Draining,
+    ExperimentExists,
+    ExperimentNotFound,
+    FailedPrecondition,
+    GenerationConflict,
+    GenerationNotFound,
+    InvalidArgument,
+    PackNotFound,
+    TenantNotFound,
+)
+from oracle_server.state import binding as bindings
+from oracle_server.state import names
+from oracle_server.state.binding import Binding
+from oracle_server.state.engines import EngineRecord, check_activation
+from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.records import Records
+from oracle_server.state.snapshot import LoadedPack, Snapshot
+from oracle_server.state.store import ExperimentRow, GenerationRow, TenantRow
+
+WATCH_BATCH = 100
+
+
+class LiveExperiment:
+    """An experiment in memory. Written by the event loop only; `snapshot` is what steps are answered from."""
+
+    __slots__ = (
+        "changed",
+        "create_time_ns",
+        "current",
+        "deleted",
+        "engines",
+        "experiment",
+        "name",
+        "snapshot",
+        "tenant",
+    )
+
+    def __init__(self, row: ExperimentRow, snapshot: Snapshot) -> None:
+        self.tenant = row.tenant
+        self.experiment = row.experiment
+        self.name = names.experiment_name(row.tenant, row.experiment)
+        self.create_time_ns = row.create_time_ns
+        self.current = row.current
+        self.snapshot = snapshot
+        self.engines: dict[str, EngineRecord] = {}
+        self.deleted = False
+        # Replaced at every change; whoever waits takes the event first and looks at the state after.
+        self.changed = asyncio.Event()
+
+    def flip(self, record: GenerationRow, snapshot: Snapshot) -> None:
+        """Answer from another generation from the next step on, and tell every open stream."""
+        self.current = record
+        self.snapshot = snapshot
+        for engine in self.engines.values():
+            if engine.stream is not None:
+                engine.stream.announce(record.generation)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let every watcher look again."""
+        event, self.changed = self.changed, asyncio.Event()
+        event.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What an activation did, or would have done."""
+
+    record: GenerationRow
+    warnings: tuple[str, ...]
+
+
+class Experiments:
+    """Owns every experiment in memory. Event loop only."""
+
+    def __init__(
+        self, records: Records, files: PackFiles, *, monotonic: Callable[[], float], now_ns: Callable[[], int]
+    ) -> None:
+        self._records = records
+        self._files = files
+        self._monotonic = monotonic
+        self._now_ns = now_ns
+        self._live: dict[str, LiveExperiment] = {}
+        self._draining = False
+
+    async def load(self) -> None:
+        """Bring the stored experiments into memory, their packs mapped and their kernels compiled."""
+        for row in await self._records.call(self._records.store.experiments):
+            snapshot = await self._open(row.tenant, row.experiment, row.current)
+            live = LiveExperiment(row, snapshot)
+            self._live[live.name] = live
+
+    def find(self, name: str) -> LiveExperiment:
+        """The experiment of that resource name; ExperimentNotFound."""
+        live = self._live.get(name)
+        if live is None:
+            raise ExperimentNotFound(f"there is no experiment {name}; `step-oracle experiment list` shows them")
+        return live
+
+    def all(self) -> Iterable[LiveExperiment]:
+        """Every experiment of every tenant."""
+        return self._live.values()
+
+    def page(self, tenant: str, after: str, limit: int) -> list[LiveExperiment]:
+        """Experiments of a tenant in the order of their ids, those behind `after`."""
+        mine = sorted(
+            (live for live in self._live.values() if live.tenant == tenant and live.experiment > after),
+            key=lambda live: live.experiment,
+        )
+        return mine[:limit]
+
+    def naming(self, tenant: str, digest: str) -> list[LiveExperiment]:
+        """Experiments of a tenant whose current binding names the pack."""
+        return [
+            live for live in self._live.values() if live.tenant == tenant and digest in live.current.binding.digests()
+        ]
+
+    async def tenant(self, tenant: str) -> TenantRow:
+        """The tenant's row; TenantNotFound."""
+        row = await self._records.call(self._records.store.tenant, tenant)
+        if row is None:
+            raise TenantNotFound(
+                f"there is no tenant {names.tenant_name(tenant)}; `step-oracle tenant list` shows them"
+            )
+        return row
+
+    async def create(self, tenant: str, experiment: str, binding: Binding) -> LiveExperiment:
+        """A new experiment; ExperimentExists, PackNotFound, InvalidArgument."""
+        names.check_experiment_id(experiment, "experiment_id")
+        bindings.check(binding)
+        await self.tenant(tenant)
+        loaded = await self._load_packs(tenant, binding)
+        return await self._records.change(self._create(tenant, experiment, binding, loaded))
+
+    async def activate(
+        self, name: str, binding: Binding, expected_generation: int, allowed: frozenset[str], *, validate_only: bool
+    ) -> Activation:
+        """Make another binding answer; PackNotFound, GenerationConflict, EngineMismatch, InvalidArgument."""
+        live = self.find(name)
+        bindings.check(binding)
+        _check_expected(live, expected_generation)
+        # Packs are mapped and warm before the lock is taken: streams open and engines attach meanwhile.
+        loaded = await self._load_packs(live.tenant, binding)
+        change = self._activate(name, binding, expected_generation, allowed, "activate", loaded, validate_only)
+        return await self._records.change(change)
+
+    async def roll_back(
+        self, name: str, to_generation: int, expected_generation: int, allowed: frozenset[str]
+    ) -> Activation:
+        """Activate the binding of an earlier generation as a new one; GenerationNotFound and as `activate`."""
+        live = self.find(name)
+        _check_expected(live, expected_generation)
+        # 0 means the one before the current; what "current" is, is pinned by the expectation passed on below.
+        seen = live.current.generation
+        target = to_generation or seen - 1
+        row = None
+        if 0 < target <= seen:
+            row = await self._records.call(self._records.store.generation, live.tenant, live.experiment, target)
+        if row is None:
+            raise GenerationNotFound(
+                f"{name} has no generation {target}; it is at {seen}, `step-oracle experiment history` shows the others"
+            )
+        loaded = await self._load_packs(live.tenant, row.binding)
+        reason = f"roll back to {target}"
+        change = self._activate(name, row.binding, expected_generation or seen, allowed, reason, loaded, False)
+        return await self._records.change(change)
+
+    async def watch(self, name: str, after_generation: int) -> AsyncIterator[tuple[LiveExperiment, GenerationRow]]:
+        """The present generation, unless it is `after_generation`, then each new one."""
+        live = self.find(name)
+        last = live.current.generation
+        if last != after_generation:
+            yield live, live.current
+        while True:
+            changed = live.changed
+            if self._draining:
+                raise Draining("the server is stopping; watch again, here or elsewhere")
+            if live.deleted:
+                raise ExperimentNotFound(f"the experiment {name} has been deleted")
+            if live.current.generation == last:
+                await changed.wait()
+                continue
+            newer = await self._records.call(
+                self._records.store.generations_after, live.tenant, live.experiment, last, WATCH_BATCH
+            )
+            for record in newer:
+                # Committed but not yet flipped: it comes with the next change.
+                if record.generation > live.current.generation:
+                    break
+                yield live, record
+                last = record.generation
+
+    async def generations(self, name: str, before: int, limit: int) -> list[GenerationRow]:
+        """History, newest first."""
+        live = self.find(name)
+        return await self._records.call(
+            self._records.store.generations_before, live.tenant, live.experiment, before, limit
+        )
+
+    async def delete(self, name: str) -> None:
+        """Forget an experiment; FailedPrecondition while engines are attached."""
+        self.find(name)
+        await self._records.change(self._delete(name))
+
+    def drain(self) -> None:
+        """End every watch and every open stream with Draining."""
+        self._draining = True
+        for live in self._live.values():
+            live.wake()
+            for engine in live.engines.values():
+                if engine.stream is not None:
+                    engine.stream.end(Draining("the server is stopping; reconnect"))
+
+    # Below: the changes themselves, under the lock of `Records.change`.
+
+    async def _create(
+        self, tenant: str, experiment: str, binding: Binding, loaded: dict[str, LoadedPack]
+    ) -> LiveExperiment:
+        name = names.experiment_name(tenant, experiment)
+        if name in self._live:
+            raise ExperimentExists(
+                f"the experiment {name} exists; `step-oracle experiment activate` changes what it answers"
+            )
+        await self._check_packs(tenant, binding)
+        store = self._records.store
+        row = await self._records.call(store.create_experiment, tenant, experiment, binding, self._now_ns())
+        live = LiveExperiment(row, Snapshot(name, row.current.generation, binding, loaded))
+        self._live[name] = live
+        return live
+
+    async def _activate(
+        self,
+        name: str,
+        binding: Binding,
+        expected_generation: int,
+        allowed: frozenset[str],
+        reason: str,
+        loaded: dict[str, LoadedPack],
+        validate_only: bool,
+    ) -> Activation:
+        live = self.find(name)
+        _check_expected(live, expected_generation)
+        await self._check_packs(live.tenant, binding)
+        record = GenerationRow(live.current.generation + 1, binding, self._now_ns(), reason)
+        snapshot = Snapshot(name, record.generation, binding, loaded)
+        now = self._monotonic()
+        engines = [engine for engine in live.engines.values() if engine.may_return(now)]
+        accepted, warnings = check_activation(snapshot, engines, allowed)
+        if validate_only:
+            return Activation(live.current, warnings)
+        store = self._records.store
+        await self._records.call(store.add_generation, live.tenant, live.experiment, record, accepted)
+        for engine in engines:
+            engine.accepted_digest = accepted[engine.identity.engine_id]
+        live.flip(record, snapshot)
+        return Activation(record, warnings)
+
+    async def _delete(self, name: str) -> None:
+        live = self.find(name)
+        now = self._monotonic()
+        attached = sum(engine.is_live(now) for engine in live.engines.values())
+        if attached:
+            raise FailedPrecondition(f"{attached} engines are attached to {name}; stop them first")
+        await self._records.call(self._records.store.delete_experiment, live.tenant, live.experiment)
+        del self._live[name]
+        live.deleted = True
+        live.wake()
+
+    async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
+        loaded = await self._load_packs(tenant, record.binding)
+        name = names.experiment_name(tenant, experiment)
+        return Snapshot(name, record.generation, record.binding, loaded)
+
+    async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
+        await self._check_packs(tenant, binding)
+        loaded = {digest: await asyncio.to_thread(self._files.load, digest) for digest in binding.digests()}
+        for digest, pack in loaded.items():
+            stages = pack.manifest.parallel.pipeline
+            if stages > 1:
+                raise InvalidArgument(
+                    f"the pack {digest} has {stages} pipeline stages; packs of one stage are supported so far",
+                    field="binding.default_pack_digest",
+                )
+        return loaded
+
+    async def _check_packs(self, tenant: str, binding: Binding) -> None:
+        for digest in binding.digests():
+            if await self._records.call(self._records.store.pack, tenant, digest) is None:
+                raise PackNotFound(
+                    f"{names.tenant_name(tenant)} has no pack {digest}; `step-oracle pack list` shows them, "
+                    "`step-oracle pack upload` adds one"
+                )
+
+
+def _check_expected(live: LiveExperiment, expected_generation: int) -> None:
+    current = live.current.generation
+    if expected_generation not in (0, current):
+        raise GenerationConflict(
+            f"expected_generation is {expected_generation}, {live.name} is at {current}; read it again and decide anew"
+        )

@@ -1,0 +1,65 @@
+"""Who an engine is, and which share of a fleet it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from oracle_server.errors import NoRuleMatches
+from oracle_server.sampling import draws
+from oracle_server.state.binding import Binding, Overlay, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """The fields a rule can look at. `experiment` is the full resource name."""
+
+    experiment: str
+    engine_id: str
+    labels: Mapping[str, str]
+    model: str
+    tensor_parallel_size: int
+
+
+def pack_of(binding: Binding, identity: EngineIdentity) -> str:
+    """Digest of the first rule that fits, else of the default pack; NoRuleMatches where there is neither."""
+    for rule in binding.rules:
+        if rule_fits(rule, identity):
+            return rule.pack_digest
+    if binding.default_pack_digest:
+        return binding.default_pack_digest
+    labels = ", ".join(f"{key}={value}" for key, value in sorted(identity.labels.items())) or "no labels"
+    raise NoRuleMatches(
+        f"none of the {len(binding.rules)} rules of {identity.experiment} fits the engine {identity.engine_id!r} "
+        f"(model {identity.model!r}, tensor parallel {identity.tensor_parallel_size}, {labels}) and there is no "
+        "default pack; add a rule or a default pack, or give the engine the labels a rule asks for"
+    )
+
+
+def rule_fits(rule: Rule, identity: EngineIdentity) -> bool:
+    """True where every condition the rule gives holds.
+
+    An engine asks for its device before it knows its model and tensor-parallel size: what it does not know fits, else a
+    rule by model could never give the device.
+    """
+    names = ("", rule.model)
+    if rule.model and identity.model not in names and identity.model.rstrip("/").rpartition("/")[2] not in names:
+        return False
+    if rule.tensor_parallel_size and identity.tensor_parallel_size not in (0, rule.tensor_parallel_size):
+        return False
+    return _in_share(rule.labels, rule.fraction, rule.fraction_salt, identity)
+
+
+def slow_down_of(overlays: tuple[Overlay, ...], identity: EngineIdentity) -> float:
+    """Product of the slow-downs that touch the engine."""
+    factor = 1.0
+    for overlay in overlays:
+        if _in_share(overlay.labels, overlay.fraction, overlay.fraction_salt, identity):
+            factor *= overlay.slow_down_factor
+    return factor
+
+
+def _in_share(labels: Mapping[str, str], fraction: float, salt: str, identity: EngineIdentity) -> bool:
+    if any(identity.labels.get(key) != value for key, value in labels.items()):
+        return False
+    return fraction == 0 or draws.fraction_draw(salt, identity.engine_id) < fraction

@@ -1,0 +1,96 @@
+"""One server's state, opened from its folder: the database, the packs, the experiments."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from oracle_server.errors import StoreFailed, Unavailable
+from oracle_server.state import names
+from oracle_server.state.attachment import Attachments
+from oracle_server.state.engines import EngineRecord
+from oracle_server.state.experiments import Experiments, LiveExperiment
+from oracle_server.state.kernels import warm_kernels
+from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.packs import Packs
+from oracle_server.state.records import Records
+from oracle_server.state.store import Store, TenantRow
+
+DATABASE = "oracle.db"
+
+
+class Node:
+    """Owns everything a server keeps. Built empty; nothing is answered before `open` has ended. Event loop only.
+
+    Both clocks are arguments: `monotonic` in seconds, `now_ns` in nanoseconds since 1970.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._state_dir = state_dir
+        self._lock = _lock(state_dir)
+        self._monotonic = monotonic
+        self._records = Records(Store.open(state_dir / DATABASE))
+        self._files = PackFiles(state_dir)
+        self._ready = False
+        self.experiments = Experiments(self._records, self._files, monotonic=monotonic, now_ns=now_ns)
+        self.attachments = Attachments(self.experiments, self._records, monotonic=monotonic)
+        self.packs = Packs(self.experiments, self._records, self._files, now_ns=now_ns)
+
+    async def open(self) -> list[str]:
+        """Bring packs and experiments into memory; the digests that had to be compiled anew."""
+        await self._records.call(warm_kernels)
+        digests = await self._records.call(self._records.store.digests)
+        compiled = await self._records.call(self._files.prepare, digests)
+        await self.experiments.load()
+        self._ready = True
+        return compiled
+
+    async def close(self) -> None:
+        """Let changes end and close the database."""
+        await self._records.close()
+        os.close(self._lock)
+
+    async def tenant(self, tenant: str) -> TenantRow:
+        """The tenant; TenantNotFound. Unavailable before the server is ready: every call asks for its tenant first."""
+        if not self._ready:
+            raise Unavailable("the server is starting; retry, or wait for its health to be SERVING")
+        return await self.experiments.tenant(tenant)
+
+    async def tenant_of(self, experiment_name: str) -> TenantRow:
+        """The tenant an experiment's name begins with."""
+        return await self.tenant(names.parse_experiment(experiment_name, "experiment")[0])
+
+    async def tenants(self, after: str, limit: int) -> list[TenantRow]:
+        """Tenants in the order of their names, those behind `after`."""
+        return await self._records.call(self._records.store.tenants, after, limit)
+
+    def engines_of(self, live: LiveExperiment) -> list[EngineRecord]:
+        """The engines of an experiment that are attached now."""
+        now = self._monotonic()
+        return [engine for engine in live.engines.values() if engine.is_live(now)]
+
+
+def _lock(state_dir: Path) -> int:
+    """The state folder has one writer; the lock goes with the process, however it ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StoreFailed(f"the state folder {state_dir} cannot be used: {error}; give another --state-dir") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreFailed(
+            f"another server has the state folder {state_dir}; stop it or give another --state-dir"
+        ) from error
+    return descriptor

@@ -1,0 +1,196 @@
+"""One generation of an experiment, ready to answer.
+
+answer = f(snapshot, engine identity, step_index, step): nothing here reads a clock, a server's state or a source of
+randomness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from oracle_server.errors import AcceptanceUnknown, StaleGeneration, SupportRefused
+from oracle_server.pack import Manifest
+from oracle_server.sampling import draws
+from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
+from oracle_server.sampling.oracle import Oracle
+from oracle_server.sampling.shape import StepQuery
+from oracle_server.state.binding import SUPPORT_REFUSE, Binding, length_tables
+from oracle_server.state.identity import EngineIdentity, pack_of, slow_down_of
+
+# Numbers of step_oracle.v1.LengthSource.
+LENGTH_IGNORE_EOS = 1
+LENGTH_HINT = 2
+LENGTH_TABLE = 3
+LENGTH_NONE = 4
+
+
+class LoadedPack:
+    """A pack compiled, mapped and ready. Immutable; shared by every snapshot that names it."""
+
+    __slots__ = ("__weakref__", "digest", "manifest", "oracle")
+
+    def __init__(self, digest: str, manifest: Manifest, oracle: Oracle) -> None:
+        self.digest = digest
+        self.manifest = manifest
+        self.oracle = oracle
+
+
+class NewRequest(NamedTuple):
+    """What decides when a request ends."""
+
+    request_key: str
+    prompt_tokens: int
+    ignore_eos: bool
+    output_tokens_hint: int
+    length_class: str
+
+
+class StepAnswer(NamedTuple):
+    """The values of a step_oracle.v1.StepReply."""
+
+    latency_ns: int
+    prep_ns: int
+    copy_ns: int
+    generated_tokens: int
+    accepted_draft_tokens: tuple[int, ...]
+    # (output tokens, length source) of each new request.
+    targets: tuple[tuple[int, int], ...]
+    support: int
+    knowledge: int
+    distance: float
+
+
+class Snapshot:
+    """Immutable: a generation's binding and its packs, opened."""
+
+    __slots__ = ("binding", "experiment", "generation", "lengths", "packs")
+
+    def __init__(self, experiment: str, generation: int, binding: Binding, packs: Mapping[str, LoadedPack]) -> None:
+        self.experiment = experiment
+        self.generation = generation
+        self.binding = binding
+        self.packs = packs
+        self.lengths = None if binding.length_table is None else length_tables(binding.length_table)
+
+    def pack_for(self, identity: EngineIdentity) -> LoadedPack:
+        """The pack that answers the engine; NoRuleMatches."""
+        return self.packs[pack_of(self.binding, identity)]
+
+    def check_generation(self, min_generation: int) -> None:
+        """StaleGeneration where the engine has seen a newer generation than this one."""
+        if self.generation < min_generation:
+            raise StaleGeneration(
+                f"{self.experiment} is at generation {self.generation} here, the engine has seen {min_generation}; "
+                "retry, here or elsewhere"
+            )
+
+    def plan(self, identity: EngineIdentity) -> EnginePlan:
+        """Everything about one engine that does not change from step to step; NoRuleMatches."""
+        return EnginePlan(self, self.pack_for(identity), identity)
+
+
+class EnginePlan:
+    """Immutable: what answers the steps of one engine under one snapshot."""
+
+    __slots__ = (
+        "_acceptance",
+        "_copy_ns",
+        "_experiment",
+        "_key",
+        "_latency_factor",
+        "_lengths",
+        "_oracle",
+        "_pack",
+        "_prep_ns",
+        "_refuse",
+        "_seed",
+        "generation",
+        "snapshot",
+    )
+
+    def __init__(self, snapshot: Snapshot, pack: LoadedPack, identity: EngineIdentity) -> None:
+        binding = snapshot.binding
+        self.snapshot = snapshot
+        self.generation = snapshot.generation
+        self._experiment = snapshot.experiment
+        self._pack = pack
+        self._oracle = pack.oracle
+        self._seed = binding.seed
+        self._key = draws.engine_key(binding.seed, identity.engine_id)
+        self._latency_factor = binding.time_scale * slow_down_of(binding.overlays, identity)
+        self._prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
+        self._copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
+        self._refuse = binding.support_policy == SUPPORT_REFUSE
+        self._acceptance = binding.draft_acceptance_rate
+        self._lengths = snapshot.lengths
+
+    def answer(
+        self, step_index: int, query: StepQuery, draft_tokens: Sequence[int], new_requests: Sequence[NewRequest]
+    ) -> StepAnswer:
+        """The answer to one step; SupportRefused, AcceptanceUnknown."""
+        latency_ns, support, distance, knowledge = self._oracle.answer(
+            query, self._key, step_index, self._latency_factor
+        )
+        if support == SUPPORT_EXTRAPOLATED and self._refuse:
+            self._raise_refused(step_index, query)
+        accepted = self._accept(step_index, draft_tokens) if draft_tokens else ()
+        return StepAnswer(
+            latency_ns,
+            self._prep_ns,
+            self._copy_ns,
+            query.num_decode_requests + sum(accepted),
+            accepted,
+            tuple([self._target(request) for request in new_requests]),
+            support,
+            knowledge,
+            distance,
+        )
+
+    def _accept(self, step_index: int, draft_tokens: Sequence[int]) -> tuple[int, ...]:
+        """Accepted draft tokens of each request: each with the same probability, until the first that is not."""
+        rate = self._acceptance
+        if rate == 0.0:
+            raise AcceptanceUnknown(
+                f"step {step_index} has draft tokens and generation {self.generation} of {self._experiment} has no "
+                "draft_acceptance_rate; activate one, or start the engine without speculation"
+            )
+        accepted = []
+        first = 0
+        for count in draft_tokens:
+            length = 0
+            # The ordinal of a draft token is its place in the whole message, whatever happened to those before it.
+            while (
+                length < count
+                and draws.unit(draws.draw(self._key, step_index, draws.DOMAIN_ACCEPTANCE, first + length)) < rate
+            ):
+                length += 1
+            accepted.append(length)
+            first += count
+        return tuple(accepted)
+
+    def _target(self, request: NewRequest) -> tuple[int, int]:
+        if request.ignore_eos:
+            return 0, LENGTH_IGNORE_EOS
+        if request.output_tokens_hint:
+            return request.output_tokens_hint, LENGTH_HINT
+        if self._lengths is None:
+            return 0, LENGTH_NONE
+        u = draws.request_draw(self._seed, request.request_key)
+        return self._lengths.draw(u, request.prompt_tokens, request.length_class), LENGTH_TABLE
+
+    def _raise_refused(self, step_index: int, query: StepQuery) -> None:
+        coverage = ", ".join(f"{key} {value}" for key, value in sorted(self._pack.manifest.coverage.items()))
+        raise SupportRefused(
+            f"step {step_index} (prefill chunks {list(query.chunk_tokens[:8])} over contexts "
+            f"{list(query.chunk_context[:8])}, {query.num_decode_requests} decode requests, "
+            f"{query.decode_context_tokens} decode context tokens, concurrency {query.concurrency}) lies outside the "
+            f"pack {self._pack.digest} ({coverage[:1000] or 'coverage not stated'}) and the support policy is refuse; "
+            "activate a pack that covers it or the support policy serve"
+        )
+
+
+def scaled(value_ns: int, scale: float) -> int:
+    """floor(value x scale + 0.5): what a factor on a time means everywhere."""
+    return value_ns if scale == 1.0 else math.floor(value_ns * scale + 0.5)

@@ -1,0 +1,51 @@
+"""The server's configuration is read once and refuses what it does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oracle_server.config import ServerConfig, read_config
+from oracle_server.errors import InvalidArgument
+
+
+def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
+    environment = {"STEP_ORACLE_LISTEN": "127.0.0.1:1,unix:/s", "STEP_ORACLE_STATE_DIR": "/a", "HOME": "/h"}
+    config = read_config(environment)
+    assert config == ServerConfig(("127.0.0.1:1", "unix:/s"), "127.0.0.1:8471", Path("/a"), 5.0)
+    assert read_config(environment, listen=["[::1]:5"], state_dir=Path("/b"), metrics="off") == ServerConfig(
+        ("[::1]:5",), "off", Path("/b"), 5.0
+    )
+    assert read_config({"XDG_STATE_HOME": "/x"}).state_dir == Path("/x/step-oracle")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8470", "localhost:0", "[::1]:80", "127.9.9.9:1", "unix:/s", "unix:s"])
+def test_loopback_and_unix_sockets_are_allowed(address: str) -> None:
+    assert read_config({}, listen=[address]).listen == (address,)
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", "127.0.0.1", "127.0.0.1:70000", "unix:", ":1"]
+)
+def test_everything_else_is_refused(address: str) -> None:
+    with pytest.raises(InvalidArgument):
+        read_config({}, listen=[address])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"STEP_ORACLE_LISTEM": "x"},
+        {"STEP_ORACLE_DRAIN_SECONDS": "60"},
+        {"STEP_ORACLE_DRAIN_SECONDS": "nan"},
+        {"STEP_ORACLE_LISTEN": ","},
+    ],
+)
+def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument):
+        read_config(environment)
+
+
+def test_variables_of_the_shim_are_let_through() -> None:
+    read_config({"STEP_ORACLE_TARGET": "x", "STEP_ORACLE_ENGINE_ID": "e", "STEP_ORACLE_DATA": "/d", "OTHER": "y"})
