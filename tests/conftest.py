@@ -1,0 +1,46 @@
+"""Options and fixtures every test folder shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from environments import REPOSITORY, VLLM_VERSIONS, VllmEnvironment, shim_site, vllm_environment
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--vllm-version",
+        action="append",
+        metavar="VERSION",
+        help=f"vLLM version the `vllm` tests run with; may be repeated (default: {', '.join(VLLM_VERSIONS)})",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "vllm_version" in metafunc.fixturenames:
+        versions = metafunc.config.getoption("--vllm-version") or VLLM_VERSIONS
+        metafunc.parametrize("vllm_version", versions, scope="session")
+
+
+@pytest.fixture(scope="session")
+def vllm(vllm_version: str) -> VllmEnvironment:
+    """The environment of each vLLM version under test."""
+    return vllm_environment(vllm_version)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package as it is installed beside vLLM."""
+    return shim_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The measured runs and reference tables; they lie beside the checkout or where STEP_ORACLE_DATA says."""
+    folder = Path(os.environ.get("STEP_ORACLE_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}; set STEP_ORACLE_DATA")
+    return folder

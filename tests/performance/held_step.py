@@ -1,0 +1,188 @@
+"""How well a held step is held: `make bench-held`.
+
+The oracle answers 10 ms for every step. A real engine serves `vllm bench serve` in a closed loop; its step trace says
+when each step was due and when it resolved. A bare process that only sleeps to absolute deadlines 10 ms apart runs at
+the same time, so both see the same noise of the machine. Printed per concurrency: the engine's step period, the
+client's mean TPOT, and the lateness of both, as milliseconds and as what is left after the control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.synchronize
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from engine_process import EngineProcess, engine_variables
+from environments import VLLM_VERSIONS, VllmEnvironment, shim_site, vllm_environment
+from fleet import MODEL, replies, step_oracle, upload
+from model_dir import write_model_dir
+from oracle_process import OracleProcess
+
+STEP_NS = 10_000_000
+CONCURRENCIES = (1, 8, 32, 128)
+OUTPUT_TOKENS = 128
+_PR_SET_TIMERSLACK = 29
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
+    parser.add_argument("--wait", default="hybrid", choices=("hybrid", "sleep", "spin"))
+    parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCIES)
+    parser.add_argument("--seconds", type=float, default=12.0, help="length of the load at each concurrency")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    environment = vllm_environment(options.vllm_version)
+    with tempfile.TemporaryDirectory(prefix="step-oracle-bench-") as name:
+        rows = measure(environment, Path(name), options.wait, options.concurrency, options.seconds)
+    show(rows, options.vllm_version, options.wait)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def measure(
+    environment: VllmEnvironment, folder: Path, wait: str, concurrencies: list[int], seconds: float
+) -> list[dict[str, Any]]:
+    """One row of figures per concurrency."""
+    model, site = write_model_dir(folder / "qwen3-8b", "qwen3-8b"), shim_site(folder / "site")
+    (folder / "traces").mkdir()
+    rows = []
+    with OracleProcess(folder / "state") as oracle:
+        digest = upload(oracle, folder / "pack", STEP_NS)
+        step_oracle("experiment", "create", "default", "--pack", digest, "--target", oracle.target)
+        with EngineProcess(
+            environment,
+            model,
+            target=oracle.target,
+            site=site,
+            log_path=folder / "engine.log",
+            extra_args=["--served-model-name", MODEL, "--max-model-len", "4096"],
+            extra_env={"STEP_ORACLE_TRACE": f"{folder}/traces/", "STEP_ORACLE_WAIT": wait},
+        ) as engine:
+            engine.wait_ready()
+            bench = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+            bench += ["--backend", "vllm", "--base-url", engine.base_url, "--model", MODEL, "--tokenizer", str(model)]
+            bench += ["--dataset-name", "random", "--random-input-len", "64"]
+            bench += ["--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos", "--save-result", "--save-detailed"]
+            bench += ["--num-warmups", "8", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+            for concurrency in concurrencies:
+                print(f"concurrency {concurrency} ...", file=sys.stderr, flush=True)
+                seen = len(replies(folder / "traces"))
+                prompts = max(4, math.ceil(concurrency * seconds / (OUTPUT_TOKENS * STEP_NS * 1e-9)))
+                result = folder / f"bench-{concurrency}.json"
+                load = ["--max-concurrency", str(concurrency), "--num-prompts", str(prompts)]
+                load += ["--result-filename", str(result)]
+                with BareSleep() as bare:
+                    done = subprocess.run(
+                        [*bench, *load], env=engine_variables(site, None), capture_output=True, text=True
+                    )
+                assert done.returncode == 0, done.stderr[-2000:]
+                client = json.loads(result.read_text())
+                rows.append(row(concurrency, client, replies(folder / "traces")[seen:], bare.lateness_ns))
+    return rows
+
+
+def row(concurrency: int, client: dict[str, Any], steps: list[Any], bare_ns: list[int]) -> dict[str, Any]:
+    """The figures of one concurrency; steps that followed an idle device are not back to back and do not count."""
+    periods = [
+        after.resolved_ns - before.resolved_ns
+        for before, after in itertools.pairwise(steps)
+        if after.device_start_ns == before.device_finish_ns
+    ]
+    lateness = [step.resolved_ns - step.deadline_ns for step in steps]
+    return {
+        "concurrency": concurrency,
+        "completed": client["completed"],
+        "steps": len(steps),
+        "step_period_p50_ms": statistics.median(periods) / 1e6,
+        "step_period_mean_ms": statistics.fmean(periods) / 1e6,
+        "client_mean_tpot_ms": client["mean_tpot_ms"],
+        "client_median_itl_ms": client["median_itl_ms"],
+        "lateness_p50_us": quantile(lateness, 0.5) / 1e3,
+        "lateness_p99_us": quantile(lateness, 0.99) / 1e3,
+        "bare_sleep_lateness_p50_us": quantile(bare_ns, 0.5) / 1e3,
+        "bare_sleep_lateness_p99_us": quantile(bare_ns, 0.99) / 1e3,
+        "late_answers": sum(step.answer_ns > step.deadline_ns for step in steps),
+    }
+
+
+def quantile(values: list[int], share: float) -> float:
+    ordered = sorted(values)
+    return float(ordered[min(int(share * len(ordered)), len(ordered) - 1)])
+
+
+class BareSleep:
+    """A process that sleeps to absolute deadlines 10 ms apart while the block runs, and tells how late it woke."""
+
+    def __enter__(self) -> BareSleep:
+        context = multiprocessing.get_context("spawn")
+        self._stop = context.Event()
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=_sleep_on, args=(self._stop, sender))
+        self._process.start()
+        self.lateness_ns: list[int] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.lateness_ns = self._receiver.recv()
+        self._process.join()
+
+
+def _sleep_on(stop: multiprocessing.synchronize.Event, sender: Any) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    lateness = []
+    deadline = time.monotonic_ns() + STEP_NS
+    while not stop.is_set():
+        time.sleep(max(deadline - time.monotonic_ns(), 0) * 1e-9)
+        now = time.monotonic_ns()
+        lateness.append(now - deadline)
+        deadline = max(deadline + STEP_NS, now)
+    sender.send(lateness)
+
+
+def show(rows: list[dict[str, Any]], version: str, wait: str) -> None:
+    """The table people read."""
+    table = Table(title=f"A held step of 10 ms, vLLM {version}, wait mode {wait}")
+    for heading in (
+        "conc.",
+        "steps",
+        "step period p50",
+        "",
+        "client mean TPOT",
+        "",
+        "lateness p50 / p99",
+        "bare sleep p50 / p99",
+    ):
+        table.add_column(heading, justify="right")
+    for r in rows:
+        table.add_row(
+            str(r["concurrency"]),
+            str(r["steps"]),
+            f"{r['step_period_p50_ms']:.3f} ms",
+            f"{(r['step_period_p50_ms'] / 10 - 1) * 100:+.2f} %",
+            f"{r['client_mean_tpot_ms']:.3f} ms",
+            f"{(r['client_mean_tpot_ms'] / 10 - 1) * 100:+.2f} %",
+            f"{r['lateness_p50_us']:.0f} / {r['lateness_p99_us']:.0f} us",
+            f"{r['bare_sleep_lateness_p50_us']:.0f} / {r['bare_sleep_lateness_p99_us']:.0f} us",
+        )
+    Console(width=118).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
