@@ -15,6 +15,7 @@
     │   └── EngineIdTaken
     ├── FailedPrecondition         FAILED_PRECONDITION
     │   ├── PackInUse
+    │   ├── ExperimentInUse
     │   ├── EngineMismatch         carries the differences
     │   ├── NoRuleMatches
     │   ├── SupportRefused
@@ -24,6 +25,7 @@
     ├── QuotaExceeded              RESOURCE_EXHAUSTED
     └── Unavailable                UNAVAILABLE
         ├── StaleGeneration
+        ├── Starting
         └── Draining
 
 `code` is the name of the gRPC status code and `reason` the name in step_oracle.v1.ErrorReason without its prefix; the
@@ -140,6 +142,12 @@ class PackInUse(FailedPrecondition):
     reason = "PACK_IN_USE"
 
 
+class ExperimentInUse(FailedPrecondition):
+    """Engines are attached to the experiment."""
+
+    reason = "EXPERIMENT_IN_USE"
+
+
 class EngineMismatch(FailedPrecondition):
     """Engine and pack differ in cold fields; `items` has one sentence per difference."""
 
@@ -198,6 +206,12 @@ class StaleGeneration(Unavailable):
     """This server has not seen the generation the engine has."""
 
     reason = "STALE_GENERATION"
+
+
+class Starting(Unavailable):
+    """The server is not ready yet."""
+
+    reason = "STARTING"
 
 
 class Draining(Unavailable):

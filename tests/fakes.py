@@ -69,14 +69,10 @@ class ScriptedOracle(rpc.OracleServiceServicer):
     def __exit__(self, *_: Any) -> None:
         self._server.stop(None).wait()
 
-    def GetDevice(
-        self, request: pb.GetDeviceRequest, context: grpc.ServicerContext
-    ) -> pb.GetDeviceResponse:
+    def GetDevice(self, request: pb.GetDeviceRequest, context: grpc.ServicerContext) -> pb.GetDeviceResponse:
         return pb.GetDeviceResponse(device=self.device, generation=1, pack_digest="sha256:scripted", block_size=16)
 
-    def AttachEngine(
-        self, request: pb.AttachEngineRequest, context: grpc.ServicerContext
-    ) -> pb.AttachEngineResponse:
+    def AttachEngine(self, request: pb.AttachEngineRequest, context: grpc.ServicerContext) -> pb.AttachEngineResponse:
         with self._lock:
             self.attached.append(request)
             incarnation = len(self.attached)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from oracle_server.errors import (
     Draining,
     ExperimentExists,
+    ExperimentInUse,
     ExperimentNotFound,
-    FailedPrecondition,
     GenerationConflict,
     GenerationNotFound,
     InvalidArgument,
@@ -211,7 +211,7 @@ class Experiments:
         )
 
     async def delete(self, name: str) -> None:
-        """Forget an experiment; FailedPrecondition while engines are attached."""
+        """Forget an experiment; ExperimentInUse while engines are attached."""
         self.find(name)
         await self._records.change(self._delete(name))
 
@@ -273,7 +273,7 @@ class Experiments:
         now = self._monotonic()
         attached = sum(engine.is_live(now) for engine in live.engines.values())
         if attached:
-            raise FailedPrecondition(f"{attached} engines are attached to {name}; stop them first")
+            raise ExperimentInUse(f"{attached} engines are attached to {name}; stop them first")
         await self._records.call(self._records.store.delete_experiment, live.tenant, live.experiment)
         del self._live[name]
         live.deleted = True

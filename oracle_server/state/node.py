@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from oracle_server.errors import StoreFailed, Unavailable
+from oracle_server.errors import Starting, StoreFailed
 from oracle_server.state import names
 from oracle_server.state.attachment import Attachments
 from oracle_server.state.engines import EngineRecord
@@ -60,9 +60,9 @@ class Node:
         os.close(self._lock)
 
     async def tenant(self, tenant: str) -> TenantRow:
-        """The tenant; TenantNotFound. Unavailable before the server is ready: every call asks for its tenant first."""
+        """The tenant; TenantNotFound. Starting before the server is ready: every call asks for its tenant first."""
         if not self._ready:
-            raise Unavailable("the server is starting; retry, or wait for its health to be SERVING")
+            raise Starting("the server is starting; retry, or wait for its health to be SERVING")
         return await self.experiments.tenant(tenant)
 
     async def tenant_of(self, experiment_name: str) -> TenantRow:

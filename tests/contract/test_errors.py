@@ -39,9 +39,9 @@ from step_oracle.v1.pack_pb2 import DeletePackRequest, GetPackRequest
 Dirs = dict[str, Path]
 DIGEST = "sha256:" + "0" * 64
 
-# Reasons no server of this version gives: credentials are a later matter; DRAINING is in test_server.py.
+# Credentials are a later matter; DRAINING is in test_server.py, STARTING in unit/state/test_starting.py.
 NOT_YET = {"UNSPECIFIED", "UNAUTHENTICATED", "PERMISSION_DENIED"}
-ELSEWHERE = {"DRAINING"}
+ELSEWHERE = {"DRAINING", "STARTING"}
 
 
 def experiment_not_found(calls: Calls, dirs: Dirs) -> None:
@@ -81,6 +81,13 @@ def engine_id_taken(calls: Calls, dirs: Dirs) -> None:
     calls.create(calls.upload(dirs["constant"]))
     calls.attach(identity("a"))
     calls.attach(identity("a"))
+
+
+def experiment_in_use(calls: Calls, dirs: Dirs) -> None:
+    calls.create(calls.upload(dirs["constant"]))
+    calls.attach(identity("a"))
+    name = "tenants/default/experiments/default"
+    calls.experiments.DeleteExperiment(experiment_pb2.DeleteExperimentRequest(name=name), timeout=TIMEOUT)
 
 
 def no_rule_matches(calls: Calls, dirs: Dirs) -> None:
@@ -142,6 +149,7 @@ CASES: dict[str, tuple[str, Callable[[Calls, Dirs], Any]]] = {
     "PACK_IN_USE": ("FAILED_PRECONDITION", pack_in_use),
     "ENGINE_MISMATCH": ("FAILED_PRECONDITION", engine_mismatch),
     "ENGINE_ID_TAKEN": ("ALREADY_EXISTS", engine_id_taken),
+    "EXPERIMENT_IN_USE": ("FAILED_PRECONDITION", experiment_in_use),
     "NO_RULE_MATCHES": ("FAILED_PRECONDITION", no_rule_matches),
     "GENERATION_CONFLICT": ("ABORTED", generation_conflict),
     "STALE_GENERATION": ("UNAVAILABLE", stale_generation),

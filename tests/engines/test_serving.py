@@ -193,7 +193,8 @@ def test_chat_logprobs_are_served(openai: OpenAI) -> None:
         top_logprobs=2,
         extra_body=ignoring_eos(),
     )
-    content = answer.choices[0].logprobs.content
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content or []
     assert [len(token.top_logprobs) for token in content] == [2] * 5
 
 
@@ -204,12 +205,14 @@ def test_a_json_schema_request_gives_valid_json_of_exact_length(openai: OpenAI) 
         max_tokens=300,
         response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}},
     )
-    person = json.loads(answer.choices[0].message.content)
+    text = answer.choices[0].message.content or ""
+    person = json.loads(text)
     assert sorted(person) == ["age", "name", "tags"]
     assert isinstance(person["age"], int)
     assert answer.choices[0].finish_reason == "stop"
     # One token per character under this tokenizer's single-character tokens, and EOS.
-    assert answer.usage.completion_tokens == len(answer.choices[0].message.content) + 1
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(text) + 1
 
 
 def test_prefix_hits_shorten_the_prefill(served: tuple[OracleProcess, EngineProcess, Path]) -> None:
