@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 QUIET := grep -v 'WARNING: Location' >&2 || true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix clean-cache
+.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix bench-held bench-server clean-cache
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -64,7 +64,14 @@ vllm-env: setup ## Build the cached vLLM environments of the matrix
 	@for version in $(VLLM_MATRIX); do $(RUN) tests/environments.py $$version || exit 1; done
 
 vllm-matrix: setup ## Serve with every vLLM version of VLLM_MATRIX
-	$(RUN) -m pytest -m vllm $(foreach version,$(VLLM_MATRIX),--vllm-version $(version)) $(PYTEST_ARGS) tests/engines
+	$(RUN) -m pytest -m vllm $(foreach version,$(VLLM_MATRIX),--vllm-version $(version)) $(PYTEST_ARGS) \
+	  tests/engines/test_serving.py tests/engines/test_vllm_environment.py
+
+bench-held: setup ## How well a held step of 10 ms is held; ARGS="--wait sleep --json FILE"
+	PYTHONPATH=tests $(RUN) tests/performance/held_step.py $(ARGS)
+
+bench-server: setup ## Server CPU per step beside a handler that answers a constant
+	PYTHONPATH=tests $(RUN) tests/performance/server_cpu_per_step.py $(ARGS)
 
 clean-cache: ## Remove the cached environments
 	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-*

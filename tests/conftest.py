@@ -22,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "vllm_version" in metafunc.fixturenames:
         versions = metafunc.config.getoption("--vllm-version") or VLLM_VERSIONS
+        if metafunc.definition.get_closest_marker("one_vllm"):
+            versions = versions[-1:]
         metafunc.parametrize("vllm_version", versions, scope="session")
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from vllm.logger import init_logger
@@ -64,8 +63,7 @@ class StepOracleExecutor(Executor):
 
     def _init_executor(self) -> None:
         # 0.18.1 validates the configuration again once the executor exists and refuses async scheduling for an executor
-        # it does not
-        # know by name; the class has been resolved by then, so a built-in name may stand there.
+        # it does not know by name; the class has been resolved by then, so a built-in name may stand there.
         if not hasattr(Executor, "supports_async_scheduling"):
             self.parallel_config.distributed_executor_backend = "uni" if self.parallel_config.world_size == 1 else "mp"
         self._config = ShimConfig.from_environment()
@@ -79,10 +77,9 @@ class StepOracleExecutor(Executor):
         self._trace: TraceWriter | None = None
         self._timeline = DeviceTimeline()
         self._reader = StepReader()
-        tokens = TokenSource(self._tokenizer(), self.model_config.get_vocab_size())
-        self._tokens = tokens
+        self._tokens = TokenSource(self._tokenizer(), self.model_config.get_vocab_size())
         self._num_drafts = self._engine_config.num_speculative_tokens
-        self._output = OutputBuilder(tokens, speculative=self._num_drafts > 0)
+        self._output = OutputBuilder(self._tokens, speculative=self._num_drafts > 0)
         self._step_index = -1
         # Device-busy time of the resolved steps.
         self._device_time_ns = 0
@@ -159,16 +156,11 @@ class StepOracleExecutor(Executor):
         return self._specs
 
     def determine_available_memory(self) -> list[int]:
-        """The bytes of exactly the blocks this engine shall have, so that vLLM's own sizing and checks stay in
-        charge."""
-        blocks = self.cache_config.num_gpu_blocks_override or self._attachment.num_kv_blocks
-        own_bytes = getattr(self.cache_config, "kv_cache_memory_bytes", None)
-        memory = (
-            int(own_bytes)
-            if own_bytes and not self.cache_config.num_gpu_blocks_override
-            else blocks * self._block_bytes
-        )
-        return [memory] * self.parallel_config.world_size
+        """The bytes of exactly the blocks this engine shall have: vLLM's own sizing and checks stay in charge."""
+        config = self._engine_config
+        blocks = config.num_gpu_blocks_override or self._attachment.num_kv_blocks
+        own_bytes = 0 if config.num_gpu_blocks_override else config.kv_cache_memory_bytes
+        return [own_bytes or blocks * self._block_bytes] * self.parallel_config.world_size
 
     def _rpc_get_supported_kv_cache_layouts(self) -> list[str]:
         from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -271,12 +263,9 @@ class StepOracleExecutor(Executor):
                 trace_pb2.TraceStep(
                     request=step.pending.request,
                     reply=reply,
-                    dispatch_ns=times.dispatch_ns,
-                    device_start_ns=times.device_start_ns,
-                    device_finish_ns=times.device_finish_ns,
-                    deadline_ns=times.deadline_ns,
                     answer_ns=step.pending.answer_ns,
                     resolved_ns=resolved_ns,
+                    **{name: getattr(times, name) for name in StepTimes.__slots__},
                 )
             )
         return self._output.build(step.scheduled, reply, legal)
@@ -315,24 +304,19 @@ class StepOracleExecutor(Executor):
             trace.close()
 
 
-class _Step:
+class _Step(NamedTuple):
     """One step between dispatch and result."""
 
-    __slots__ = ("pending", "scheduled", "times")
-
-    def __init__(self, scheduled: ScheduledStep, times: StepTimes, pending: PendingStep) -> None:
-        self.scheduled = scheduled
-        self.times = times
-        self.pending = pending
+    scheduled: ScheduledStep
+    times: StepTimes
+    pending: PendingStep
 
 
 def _prepare_engine_thread() -> None:
     """Lets the answer in while the engine thread computes, and wakes the thread on time.
 
-    Measured lateness of a 10 ms sleep: 85-98 us with the default timer slack of 50 us, 36-47 us with 1 ns
-    (PR_SET_TIMERSLACK acts on
+    Measured lateness of a 10 ms sleep: 85-98 us with the default timer slack of 50 us, 36-47 us with 1 ns (it acts on
     the calling thread).
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-    if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)

@@ -8,6 +8,7 @@ line and ends with status 1.
 
 import atexit
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -17,25 +18,23 @@ _VARIABLE = "STEP_ORACLE_LAST_WORDS"
 
 def watch_for_loss() -> None:
     """Called once, in the server's first process."""
-    handle, path = tempfile.mkstemp(prefix="step-oracle-", suffix=".last-words")
-    os.close(handle)
-    os.environ[_VARIABLE] = path
-    atexit.register(_end, Path(path), os.getpid())
+    path = Path(tempfile.gettempdir(), f"step-oracle-{os.getpid()}-{secrets.token_hex(8)}.last-words")
+    os.environ[_VARIABLE] = str(path)
+    atexit.register(_end, path, os.getpid())
 
 
 def report_loss(message: str) -> None:
     """Called by an engine core whose oracle is lost; the first of several has the last word."""
     path = os.environ.get(_VARIABLE)
-    if path and not Path(path).stat().st_size:
+    if path and not Path(path).exists():
         Path(path).write_text(message)
 
 
 def _end(path: Path, pid: int) -> None:
-    if os.getpid() != pid:
+    if os.getpid() != pid or not path.exists():
         return
     message = path.read_text()
     path.unlink()
-    if message:
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)

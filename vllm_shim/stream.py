@@ -1,5 +1,4 @@
-"""The engine's one stream to the oracle: submit on the engine thread, receive on one reader thread, survive a lost
-oracle.
+"""The engine's one stream to the oracle: submit on the engine thread, receive on one reader thread, outlive an outage.
 
 Answers are a pure function of what is asked, so whatever is pending is simply asked again on a new stream.
 """
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 _SERVICE = "/step_oracle.v1.OracleService/"
 _CHANNEL_OPTIONS = (
-    # A fresh subchannel per engine: the shared pool keeps the back-off of an address that was down (seen with grpcio
-    # 1.85.1).
+    # A fresh subchannel per engine: the shared pool keeps the back-off of an address that was down (grpcio 1.85.1,
+    # seen).
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -171,12 +170,14 @@ class OracleStream:
                 if self._closed.is_set():
                     return
                 reason = "the oracle ended the stream"
+            except ConfigurationError as error:
+                self._fail(str(error))
+                return
             except grpc.RpcError as error:
-                code, details = error.code(), error.details()
-                reason = f"{code.name}: {details}"
+                reason = f"{error.code().name}: {error.details()}"
                 if self._closed.is_set():
                     return
-                if code not in _RETRIED:
+                if error.code() not in _RETRIED:
                     self._fail(reason)
                     return
             self._reconnects += 1
@@ -220,6 +221,7 @@ class OracleStream:
         now_ns = time.monotonic_ns()
         if response.HasField("opened"):
             self._generation = max(self._generation, response.opened.generation)
+        self._generation = max(self._generation, response.new_generation)
         for reply in response.replies:
             with self._lock:
                 step = self._pending[0] if self._pending else None

@@ -105,6 +105,7 @@ def test_speculation_over_two_data_parallel_ranks(
     assert " 0 different, 0 skipped" in step_oracle("recompute", *traces, "--state-dir", str(oracle.state_dir))
 
 
+@pytest.mark.one_vllm
 def test_speculation_without_an_acceptance_rate_is_refused(
     oracle: OracleProcess, start_engine: StartEngine, tmp_path: Path
 ) -> None:

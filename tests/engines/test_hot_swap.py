@@ -48,6 +48,7 @@ def test_a_swap_under_load_fails_nothing_and_mixes_nothing(
     assert " 0 different, 0 skipped" in step_oracle("recompute", *traces, "--state-dir", str(oracle.state_dir))
 
 
+@pytest.mark.one_vllm
 def test_a_pack_with_other_cold_fields_is_refused_with_the_list(
     oracle: OracleProcess, start_engine: StartEngine, tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_pack_with_other_cold_fields_is_refused_with_the_list(
     assert complete(engine, "still here", max_tokens=5).usage.completion_tokens == 5
 
 
+@pytest.mark.one_vllm
 def test_two_engines_of_one_fleet_follow_their_rules(
     oracle: OracleProcess, start_engine: StartEngine, tmp_path: Path
 ) -> None:

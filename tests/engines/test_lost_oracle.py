@@ -89,6 +89,7 @@ def test_past_the_budget_every_request_ends_and_so_does_the_engine(
     assert re.search(r"at step \d+ of engine ", last)
 
 
+@pytest.mark.one_vllm
 def test_an_oracle_that_is_not_there_ends_the_start_with_one_sentence(start_engine: StartEngine) -> None:
     engine = start_engine("127.0.0.1:9", ready=False, STEP_ORACLE_BUDGET_SECONDS="1")
     assert engine.wait(timeout_seconds=120) != 0
@@ -97,6 +98,7 @@ def test_an_oracle_that_is_not_there_ends_the_start_with_one_sentence(start_engi
     assert "budget of 1 s" in last
 
 
+@pytest.mark.one_vllm
 def test_an_experiment_that_is_not_there_ends_the_start_with_its_name(
     oracle: OracleProcess, start_engine: StartEngine
 ) -> None:
@@ -105,6 +107,7 @@ def test_an_experiment_that_is_not_there_ends_the_start_with_its_name(
     assert "tenants/default/experiments/default" in engine.log_text().strip().splitlines()[-1]
 
 
+@pytest.mark.one_vllm
 def test_a_second_live_engine_of_the_same_id_is_refused(
     oracle: OracleProcess, start_engine: StartEngine, tmp_path: Path
 ) -> None:
@@ -116,6 +119,7 @@ def test_a_second_live_engine_of_the_same_id_is_refused(
     assert one(first, 0) == NUM_TOKENS
 
 
+@pytest.mark.one_vllm
 def test_a_pack_of_another_model_is_refused_with_the_difference(
     oracle: OracleProcess, start_engine: StartEngine, tmp_path: Path
 ) -> None:
@@ -130,6 +134,7 @@ def test_a_pack_of_another_model_is_refused_with_the_difference(
     assert "LlamaForCausalLM layers=1" in last
 
 
+@pytest.mark.one_vllm
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -146,6 +151,7 @@ def test_what_is_not_emulated_is_refused_at_start(
     assert f"step-oracle does not emulate {sentence}" in engine.log_text()
 
 
+@pytest.mark.one_vllm
 def test_the_environment_is_dormant_without_a_target(start_engine: StartEngine) -> None:
     """The same environment is a plain vLLM: without a GPU it finds no device, and our code does not show."""
     engine = start_engine(None, ready=False)

@@ -1,6 +1,6 @@
 """Server CPU per streamed step, beside a handler that answers with a constant: interleaved pairs, and their ratio.
 
-    python tests/benchmarks/server_cpu_per_step.py [--streams 64] [--messages 600] [--steps-per-message 1] [--pairs 5]
+    python tests/performance/server_cpu_per_step.py [--streams 64] [--messages 600] [--steps-per-message 1] [--pairs 5]
 
 The server, all its threads, runs on one core and the clients on another; CPU time is the process's own, so other load
 moves it less than wall-clock time. Needs two cores.
