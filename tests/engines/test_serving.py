@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -250,9 +251,20 @@ def test_vllm_s_own_metrics_count_the_tokens(served: tuple[OracleProcess, Engine
     assert generated() - before == 25
 
 
-def test_every_recorded_reply_recomputes_offline(served: tuple[OracleProcess, EngineProcess, Path]) -> None:
-    oracle, _, folder = served
+def test_every_recorded_reply_recomputes_offline_and_on_a_second_server(
+    served: tuple[OracleProcess, EngineProcess, Path],
+) -> None:
+    oracle, engine, folder = served
+    fleet.complete(engine, max_tokens=50)
     traces = [str(path) for path in (folder / "traces").glob("*.trace")]
     assert len(replies(folder / "traces")) > 500
-    printed = step_oracle("recompute", *traces, "--state-dir", str(oracle.state_dir))
-    assert " 0 different, 0 skipped" in printed
+    offline = json.loads(step_oracle("recompute", *traces, "--state-dir", str(oracle.state_dir), "--json"))
+    assert (offline["different"], offline["skipped"]) == (0, 0)
+    assert offline["equal"] == len(replies(folder / "traces"))
+    # Another process over a copy of the state answers the same bytes; it speaks for the current generation only.
+    shutil.copytree(oracle.state_dir, folder / "copy", ignore=shutil.ignore_patterns("lock"))
+    with OracleProcess(folder / "copy") as second:
+        online = json.loads(step_oracle("recompute", *traces, "--target", second.target, "--json"))
+    assert online["different"] == 0
+    assert online["equal"] >= 50
+    assert online["equal"] + online["skipped"] == offline["equal"]

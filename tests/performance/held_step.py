@@ -44,11 +44,13 @@ def main() -> int:
     parser.add_argument("--wait", default="hybrid", choices=("hybrid", "sleep", "spin"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCIES)
     parser.add_argument("--seconds", type=float, default=12.0, help="length of the load at each concurrency")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds over all concurrencies; figures are medians")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     environment = vllm_environment(options.vllm_version)
     with tempfile.TemporaryDirectory(prefix="step-oracle-bench-") as name:
-        rows = measure(environment, Path(name), options.wait, options.concurrency, options.seconds)
+        rounds = list(options.concurrency) * options.repeat
+        rows = measure(environment, Path(name), options.wait, rounds, options.seconds)
     show(rows, options.vllm_version, options.wait)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
@@ -80,11 +82,11 @@ def measure(
             bench += ["--dataset-name", "random", "--random-input-len", "64"]
             bench += ["--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos", "--save-result", "--save-detailed"]
             bench += ["--num-warmups", "8", "--percentile-metrics", "ttft,tpot,itl,e2el"]
-            for concurrency in concurrencies:
-                print(f"concurrency {concurrency} ...", file=sys.stderr, flush=True)
+            for number, concurrency in enumerate(concurrencies, 1):
+                print(f"{number}/{len(concurrencies)}: concurrency {concurrency}", file=sys.stderr, flush=True)
                 seen = len(replies(folder / "traces"))
                 prompts = max(4, math.ceil(concurrency * seconds / (OUTPUT_TOKENS * STEP_NS * 1e-9)))
-                result = folder / f"bench-{concurrency}.json"
+                result = folder / f"bench-{number}.json"
                 load = ["--max-concurrency", str(concurrency), "--num-prompts", str(prompts)]
                 load += ["--result-filename", str(result)]
                 with BareSleep() as bare:
@@ -157,31 +159,37 @@ def _sleep_on(stop: multiprocessing.synchronize.Event, sender: Any) -> None:
 
 
 def show(rows: list[dict[str, Any]], version: str, wait: str) -> None:
-    """The table people read."""
+    """The table people read: medians over the rounds, and the ratio of the two p99 with its range."""
     table = Table(title=f"A held step of 10 ms, vLLM {version}, wait mode {wait}")
-    for heading in (
+    headings = (
         "conc.",
         "steps",
         "step period p50",
         "",
         "client mean TPOT",
         "",
-        "lateness p50 / p99",
+        "late p50 / p99",
         "bare sleep p50 / p99",
-    ):
+    )
+    for heading in (*headings, "p99 / bare p99"):
         table.add_column(heading, justify="right")
-    for r in rows:
+    for concurrency in dict.fromkeys(r["concurrency"] for r in rows):
+        rounds = [r for r in rows if r["concurrency"] == concurrency]
+        m = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        ratios = sorted(r["lateness_p99_us"] / r["bare_sleep_lateness_p99_us"] for r in rounds)
+        spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
         table.add_row(
-            str(r["concurrency"]),
-            str(r["steps"]),
-            f"{r['step_period_p50_ms']:.3f} ms",
-            f"{(r['step_period_p50_ms'] / 10 - 1) * 100:+.2f} %",
-            f"{r['client_mean_tpot_ms']:.3f} ms",
-            f"{(r['client_mean_tpot_ms'] / 10 - 1) * 100:+.2f} %",
-            f"{r['lateness_p50_us']:.0f} / {r['lateness_p99_us']:.0f} us",
-            f"{r['bare_sleep_lateness_p50_us']:.0f} / {r['bare_sleep_lateness_p99_us']:.0f} us",
+            str(concurrency),
+            f"{sum(r['steps'] for r in rounds)}",
+            f"{m['step_period_p50_ms']:.3f} ms",
+            f"{(m['step_period_p50_ms'] / 10 - 1) * 100:+.2f} %",
+            f"{m['client_mean_tpot_ms']:.3f} ms",
+            f"{(m['client_mean_tpot_ms'] / 10 - 1) * 100:+.2f} %",
+            f"{m['lateness_p50_us']:.0f} / {m['lateness_p99_us']:.0f} us",
+            f"{m['bare_sleep_lateness_p50_us']:.0f} / {m['bare_sleep_lateness_p99_us']:.0f} us",
+            f"{statistics.median(ratios):.2f}{spread}",
         )
-    Console(width=118).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
