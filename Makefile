@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 QUIET := grep -v 'WARNING: Location' >&2 || true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix bench-held bench-server clean-cache
+.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix accuracy bench-held bench-server clean-cache
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -66,6 +66,9 @@ vllm-env: setup ## Build the cached vLLM environments of the matrix
 vllm-matrix: setup ## Serve with every vLLM version of VLLM_MATRIX
 	$(RUN) -m pytest -m vllm $(foreach version,$(VLLM_MATRIX),--vllm-version $(version)) $(PYTEST_ARGS) \
 	  tests/engines/test_serving.py tests/engines/test_vllm_environment.py
+
+accuracy: setup ## What the models promise on measured data, as a table; ARGS="--accuracy-json FILE"
+	$(RUN) -m pytest tests/accuracy -q $(ARGS)
 
 bench-held: setup ## How well a held step of 10 ms is held; ARGS="--wait sleep --json FILE"
 	PYTHONPATH=tests $(RUN) tests/performance/held_step.py $(ARGS)

@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="VERSION",
         help=f"vLLM version the `vllm` tests run with; may be repeated (default: {', '.join(VLLM_VERSIONS)})",
     )
+    parser.addoption("--accuracy-json", type=Path, help="write the figures of the accuracy gates here")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
