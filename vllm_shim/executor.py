@@ -67,7 +67,7 @@ class StepOracleExecutor(Executor):
         if not hasattr(Executor, "supports_async_scheduling"):
             self.parallel_config.distributed_executor_backend = "uni" if self.parallel_config.world_size == 1 else "mp"
         self._config = ShimConfig.from_environment()
-        self._clock = Clock(self._config.wait)
+        self._clock = self._make_clock()
         self._specs = kv_cache_specs(self.vllm_config)
         self._block_bytes = bytes_per_block(self._specs)
         self._engine = engine_identity(self._config, emulated_device().engine_id, self.vllm_config)
@@ -75,19 +75,32 @@ class StepOracleExecutor(Executor):
         self._attachment = self._attach()
         self._stream: OracleStream
         self._trace: TraceWriter | None = None
-        self._timeline = DeviceTimeline()
-        self._reader = StepReader()
         self._tokens = TokenSource(self._tokenizer(), self.model_config.get_vocab_size())
         self._num_drafts = self._engine_config.num_speculative_tokens
         self._output = OutputBuilder(self._tokens, speculative=self._num_drafts > 0)
-        self._step_index = -1
-        # Device-busy time of the resolved steps.
-        self._device_time_ns = 0
         self._dispatched: _Step
-        self._last_sampled: ScheduledStep | None = None
         self._loras: set[int] = set()
         self._silent_calls = set(_CALLS_WITHOUT_EFFECT)
         self._switch_interval = sys.getswitchinterval()
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state of a device that has seen no step."""
+        self._timeline = DeviceTimeline()
+        self._reader = StepReader()
+        self._step_index = -1
+        # Device-busy time of the resolved steps.
+        self._device_time_ns = 0
+        self._last_sampled: ScheduledStep | None = None
+
+    # What replay does otherwise: its clock is virtual and its oracle in the same process.
+
+    def _make_clock(self) -> Clock:
+        return Clock(self._config.wait)
+
+    def _open_stream(self, opening: pb.StreamOpen) -> OracleStream:
+        _prepare_engine_thread()
+        return OracleStream(self._config, self._channel, opening)
 
     def _attach(self) -> pb.AttachEngineResponse:
         request = pb.AttachEngineRequest(
@@ -176,19 +189,21 @@ class StepOracleExecutor(Executor):
             incarnation=self._attachment.incarnation,
             allow_mismatch=self._config.allow_mismatch,
         )
-        _prepare_engine_thread()
-        self._stream = OracleStream(self._config, self._channel, opening)
+        self._stream = self._open_stream(opening)
         if self._config.trace:
-            self._trace = TraceWriter(
-                self._config.trace,
-                trace_pb2.TraceHeader(
-                    engine=self._engine,
-                    config=self._engine_config,
-                    incarnation=self._attachment.incarnation,
-                    target=self._config.target,
-                    wait_mode=self._config.wait,
-                ),
-            )
+            self._open_trace(self._config.trace)
+
+    def _open_trace(self, prefix: str) -> None:
+        self._trace = TraceWriter(
+            prefix,
+            trace_pb2.TraceHeader(
+                engine=self._engine,
+                config=self._engine_config,
+                incarnation=self._attachment.incarnation,
+                target=self._config.target,
+                wait_mode=self._config.wait,
+            ),
+        )
 
     def _rpc_get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)

@@ -33,9 +33,12 @@ class OutputBuilder:
             state.target_output_tokens = target.output_tokens
         accepted = iter(reply.accepted_draft_tokens)
         outputs: list[tuple[RequestState, list[int]]] = []
-        several = False
+        several, width = False, -1
         for request in step.requests:
             state = request.state
+            if state.num_logprobs is None:
+                state.num_logprobs = _asked(state.sampling, self._tokens.vocab_size)
+            width = max(width, state.num_logprobs)
             if request.output_index < 0:
                 outputs.append((state, []))
                 continue
@@ -59,7 +62,7 @@ class OutputBuilder:
             req_ids=request_ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
             sampled_token_ids=[generated for _, generated in outputs],
-            logprobs=self._sampled_logprobs(outputs, starts),
+            logprobs=self._sampled_logprobs(outputs, starts, width) if width >= 0 else None,
             prompt_logprobs_dict=self._prompt_logprobs(step),
         )
 
@@ -93,17 +96,13 @@ class OutputBuilder:
         return found
 
     def _sampled_logprobs(
-        self, requests: Sequence[tuple[RequestState, list[int]]], starts: list[int] | None
-    ) -> LogprobsLists | None:
-        """One row per position for all requests of the step, or None where nobody asks.
+        self, requests: Sequence[tuple[RequestState, list[int]]], starts: list[int] | None, width: int
+    ) -> LogprobsLists:
+        """One row per position for all requests of the step.
 
         Shapes [positions, width + 1], [positions, width + 1], [positions] with width the largest number asked for; the
-        sampled token
-        comes first with probability e^-0.5 and the others share what is left, halving.
+        sampled token comes first with probability e^-0.5 and the others share what is left, halving.
         """
-        width = max((_asked(state.sampling, self._tokens.vocab_size) for state, _ in requests), default=-1)
-        if width < 0:
-            return None
         rows = [(state, token) for state, tokens in requests for token in (tokens or [0])]
         token_ids = np.empty((len(rows), width + 1), np.int32)
         logprobs = np.empty((len(rows), width + 1), np.float32)

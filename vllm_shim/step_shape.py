@@ -41,6 +41,10 @@ class RequestState:
     lora: str = ""
     # Token number at which EOS is emitted; 0: never. Set when the first reply arrives.
     target_output_tokens: int = 0
+    # What TokenSource and OutputBuilder work out once per request.
+    fillers: tuple[tuple[int, ...], ...] = ()
+    filler_offset: int = 0
+    num_logprobs: int | None = None
     # Tokens handed to the scheduler; only speculation reads it, since its placeholders blur the scheduler's own count.
     emitted_tokens: int = 0
 
@@ -51,8 +55,7 @@ class ScheduledRequest:
 
     state: RequestState
     # Zero-based number of the output token this step yields; -1 where it yields none (an unfinished prompt). Under
-    # speculation
-    # the scheduler's count is blurred by placeholders, so RequestState.emitted_tokens is read when the step resolves.
+    # speculation the scheduler's count is blurred by placeholders: RequestState.emitted_tokens is read instead.
     output_index: int
     draft_token_ids: list[int] | None = None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_shim.draws import mix, text_hash
+from vllm_shim.draws import text_hash
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -50,10 +50,13 @@ class TokenSource:
 
     def filler(self, state: RequestState, output_index: int) -> int:
         """The request's synthetic token number `output_index`; the same for the same request key and index."""
-        classes = self._classes(state.sampling)
-        offset = text_hash(state.request_key)
-        members = classes[_square_free((offset & 0xFFFF) + output_index)]
-        return members[mix(offset ^ output_index) % len(members)]
+        if not state.fillers:
+            state.fillers = self._classes(state.sampling)
+            state.filler_offset = text_hash(state.request_key) & 0xFFFF
+        place = state.filler_offset + output_index
+        members = state.fillers[_square_free(place)]
+        # Knuth's multiplicative hash: the class must not decide the member.
+        return members[(place * 2654435761 >> 12) % len(members)]
 
     def legal(self, grammar_output: GrammarOutput, step: ScheduledStep) -> dict[str, int]:
         """request id -> a token its grammar allows now; EOS as soon as it may end.
