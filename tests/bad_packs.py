@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oracle_server.sampling.hybrid_tables import ARRAY_NAMES
 from pack_edits import (
     columns_of,
     drop_field,
@@ -32,6 +33,7 @@ from pack_edits import (
 SAMPLES = "samples.parquet"
 OPERATORS = "operators.parquet"
 RESIDUALS = "residuals.parquet"
+MODEL = "model.parquet"
 
 
 def truncated_parquet(pack: Path) -> None:
@@ -127,6 +129,14 @@ def no_decode_sample(pack: Path) -> None:
 def transition_without_samples(pack: Path) -> None:
     edit_columns(pack, SAMPLES, lambda columns: columns["previous_prefill_tokens"].fill(-1))
     set_field("latency.transition", True)(pack)
+
+
+def ranked_neighbors(option: str, value: int) -> Callable[[Path], None]:
+    def spoil(pack: Path) -> None:
+        set_field("latency.sampled.neighbors", "hierarchical")(pack)
+        set_field(f"latency.sampled.{option}", value)(pack)
+
+    return spoil
 
 
 def skew_above_the_factor(pack: Path) -> None:
@@ -241,6 +251,23 @@ def no_files(pack: Path) -> None:
 
 def many_residuals(pack: Path) -> None:
     write_columns(pack, RESIDUALS, {"ratio": np.ones(257, dtype=np.float32)})
+
+
+def of_array(name: str, index: int, value: float) -> Callable[[Path], None]:
+    """Change one element of an array of a hybrid model."""
+
+    def edit(columns: dict[str, Any]) -> None:
+        columns["value"][np.flatnonzero(columns["array"] == ARRAY_NAMES.index(name))[index]] = value
+
+    return columns_of(MODEL, edit)
+
+
+def array_with_a_gap(pack: Path) -> None:
+    def edit(columns: dict[str, Any]) -> None:
+        gap = np.flatnonzero(columns["array"] == ARRAY_NAMES.index("decode_ratio"))[3]
+        columns.update({name: np.delete(values, gap) for name, values in columns.items()})
+
+    edit_columns(pack, MODEL, edit)
 
 
 Spoil = Callable[[Path], None]
@@ -416,9 +443,59 @@ BAD_PACKS: dict[str, tuple[str, Spoil, str, str]] = {
         "ascend",
     ),
     "transition_of_a_composed_pack": ("composed", set_field("latency.transition", True), "transition", "only sampled"),
+    "neighbors_unknown": (
+        "sampled",
+        set_field("latency.sampled.neighbors", "euclid"),
+        "latency.sampled.neighbors",
+        "euclid",
+    ),
+    "fixed_buckets_of_ranked_neighbors": (
+        "sampled",
+        ranked_neighbors("fixed_buckets", 4),
+        "latency.sampled.fixed_buckets",
+        "belongs to joint neighbors",
+    ),
+    "context_of_joint_neighbors": (
+        "sampled",
+        set_field("latency.sampled.context_bucket_width", 4096),
+        "latency.sampled.context_bucket_width",
+        "belongs to hierarchical neighbors",
+    ),
+    "context_as_a_key_but_unknown": (
+        "sampled",
+        ranked_neighbors("context_bucket_width", 4096),
+        "context_tokens, row",
+        "without context tokens",
+    ),
     "schema_unknown": ("sampled", set_field("schema", "step_oracle.pack/2"), "schema", "step_oracle.pack/1"),
     "schema_absent": ("sampled", drop_field("schema"), "schema", "None"),
-    "kind_unknown": ("sampled", set_field("kind", "hybrid"), "kind", "hybrid"),
+    "hybrid_without_its_model": ("hybrid", no_files, "files", "needs model.parquet"),
+    "hybrid_without_options": ("hybrid", set_field("latency.hybrid", None), "latency.hybrid", "gives"),
+    "hybrid_options_of_another_kind": ("composed", set_field("latency.hybrid", {"terms": []}), "latency.hybrid", "no"),
+    "term_unknown": ("hybrid", set_field("latency.hybrid.terms.1.name", "gpu"), "terms[1].name", "unknown term"),
+    "term_negative": ("hybrid", set_field("latency.hybrid.terms.1.coefficient_ns", -1.0), "coefficient_ns", ">= 0"),
+    "term_given_twice": ("hybrid", set_field("latency.hybrid.terms.1.name", "step"), "latency.hybrid.terms", "twice"),
+    "kink_in_context": ("hybrid", set_field("latency.hybrid.terms.5.above", 9.0), "terms[5].above", "no kinks"),
+    "terms_absent": ("hybrid", set_field("latency.hybrid.terms", []), "latency.hybrid.terms", "cost nothing"),
+    "neighbors_none": ("hybrid", set_field("latency.hybrid.neighbors", 0), "neighbors", ">= 1"),
+    "neighbors_too_many": ("hybrid", set_field("latency.hybrid.neighbors", 17), "neighbors", "<= 16"),
+    "array_unknown": ("hybrid", columns_of(MODEL, put("array", 0, 99)), "model.parquet: array", "array 99"),
+    "array_with_a_gap": ("hybrid", array_with_a_gap, "model.parquet: decode_ratio", "each once"),
+    "array_index_negative": ("hybrid", columns_of(MODEL, put("row", 5, -1)), "row, row 5", "is -1"),
+    "array_value_nan": ("hybrid", columns_of(MODEL, put("value", 5, np.nan)), "value, row 5", "finite"),
+    "ratio_zero": ("hybrid", of_array("decode_ratio", 0, 0.0), "model.parquet: decode_ratio", "(0, 0) is 0"),
+    "edges_descending": ("hybrid", of_array("decode_requests", 2, 1.0), "model.parquet: decode_requests", "ascending"),
+    "edges_not_from_zero": ("hybrid", of_array("decode_context", 0, 1.0), "model.parquet: decode_context", "from 0"),
+    "support_four": ("hybrid", of_array("decode_support", 0, 4.0), "model.parquet: decode_support", "1, 2 or 3"),
+    "distance_negative": ("hybrid", of_array("decode_distance", 0, -1.0), "model.parquet: decode_distance", "is -1"),
+    "mixed_ratio_huge": (
+        "hybrid",
+        of_array("mixed_support", 5, 1e9),
+        "model.parquet: mixed_support",
+        "is 1000000000.0",
+    ),
+    "mixed_residual_zero": ("hybrid", of_array("mixed_residual", 0, 0.0), "model.parquet: mixed_residual", "is 0"),
+    "kind_unknown": ("sampled", set_field("kind", "oracular"), "kind", "oracular"),
     "kind_without_its_options": ("sampled", set_field("latency.sampled", None), "latency.sampled", "gives"),
     "kv_blocks_absent": ("sampled", drop_field("kv_cache.blocks"), "kv_cache", "blocks"),
     "kv_cache_absent": ("sampled", drop_field("kv_cache"), "manifest.json", "kv_cache"),

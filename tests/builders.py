@@ -14,6 +14,8 @@ from oracle_server.pack import (
     ComposedLatency,
     Device,
     Engine,
+    HybridLatency,
+    HybridTerm,
     KvCache,
     Latency,
     Manifest,
@@ -22,6 +24,7 @@ from oracle_server.pack import (
     SampledLatency,
     write_pack,
 )
+from oracle_server.sampling.hybrid_tables import long_form
 from oracle_server.sampling.shape import StepQuery
 
 MODEL_SHAPE = "Qwen3ForCausalLM layers=2 hidden=64 intermediate=128 heads=4 kv_heads=2 head_dim=16 vocab=512"
@@ -31,7 +34,7 @@ def build_manifest(latency: Latency, **overrides: Any) -> Manifest:
     """A manifest with plausible fields that is tied to no engine configuration; `overrides` replace whole fields."""
     fields: dict[str, Any] = {
         "name": "test",
-        "kind": "composed" if latency.composed is not None else "sampled",
+        "kind": "composed" if latency.composed is not None else "hybrid" if latency.hybrid else "sampled",
         "created": "2026-01-02T03:04:05Z",
         "licence": "Apache-2.0",
         "model": Model(id="test/model"),
@@ -106,6 +109,61 @@ def build_sampled_pack(
     )
     columns = plausible_samples() if samples is None else samples
     return write_pack(directory, build_manifest(latency, **overrides), samples=columns)
+
+
+def build_hybrid_pack(
+    directory: Path, *, ratios: Sequence[float] | None = None, hybrid: Mapping[str, Any] | None = None, **overrides: Any
+) -> str:
+    """A hybrid pack of `HYBRID_TERMS` and `plausible_model()`; `hybrid` replaces fields of HybridLatency, `ratios` is
+    the residual pool (None: no file), `overrides` replace fields of the manifest."""
+    terms = tuple(HybridTerm(name=name, above=above, coefficient_ns=ns) for name, above, ns in HYBRID_TERMS)
+    latency = Latency(hybrid=HybridLatency(**{"terms": terms, **(hybrid or {})}))
+    residuals = None if ratios is None else {"ratio": np.asarray(ratios, dtype=np.float32)}
+    return write_pack(
+        directory, build_manifest(latency, **overrides), model=long_form(plausible_model()), residuals=residuals
+    )
+
+
+# Name, above, nanoseconds: one of each kind, with a kink.
+HYBRID_TERMS = (
+    ("step", 0.0, 5e6),
+    ("mixed_step", 0.0, 4e5),
+    ("total_tokens", 0.0, 900.0),
+    ("total_tokens", 64.0, 7_000.0),
+    ("decode_requests", 0.0, 21_000.0),
+    ("decode_context_tokens", 0.0, 27.5),
+    ("max_decode_context_tokens", 0.0, 110.25),
+    ("prefill_chunks", 0.0, 33_000.0),
+    ("prefill_tokens", 16.0, 450.0),
+    ("prefill_history_tokens", 0.0, 56.5),
+    ("prefill_attention_pairs", 0.0, 1.75),
+)
+
+
+def plausible_model(seed: int = 7) -> dict[str, NDArray[np.float64]]:
+    """Arrays of a hybrid model: a table whose ratios differ from corner to corner, measured mixed steps all over."""
+    random = np.random.default_rng(seed)
+    requests = np.array([1, 2, 4, 7, 16, 33, 64, 256])
+    context = np.array([0, 16, 128, 500, 1024, 4096, 16384])
+    cells = (requests.size, context.size)
+    points = np.column_stack(
+        (
+            random.uniform(0, 9, 60),
+            np.log(random.integers(1, 5, 60)),
+            random.uniform(0, 9, 60),
+            random.uniform(0, 5, 60),
+            random.uniform(0, 9, 60),
+        )
+    )
+    return {
+        "decode_requests": requests.astype(np.float64),
+        "decode_context": context.astype(np.float64),
+        "decode_ratio": random.uniform(0.8, 1.25, cells),
+        "decode_support": random.integers(1, 4, cells).astype(np.float64),
+        "decode_distance": random.uniform(0, 2, cells),
+        "mixed_support": np.column_stack((points, random.uniform(0.7, 1.4, 60))),
+        "mixed_residual": np.array([0.9, 1.0, 1.1, 1.4]),
+    }
 
 
 def plausible_operators() -> dict[str, dict[tuple[int, ...], float]]:

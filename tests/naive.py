@@ -29,8 +29,9 @@ def sampled_answer(
     max_buckets: int = 32,
     table_rule: str = "prefill_tokens",
     transition: bool = False,
+    fixed_buckets: int = 0,
 ) -> tuple[int, int, float]:
-    """Latency, support and distance by LLM-Emu's rule, K = auto, over the rows of samples.parquet."""
+    """Latency, support and distance by LLM-Emu's rule, K = auto or fixed, over the rows of samples.parquet."""
 
     def center(value: int, width: int) -> int:
         return value // width * width + width // 2
@@ -64,9 +65,10 @@ def sampled_answer(
         return dt * dt + dc * dc
 
     ranked = sorted(cells, key=lambda cell: (square(cell), cell))
-    pool: list[tuple[int, int]] = []
-    while len(pool) < min(max_buckets, len(ranked)) and sum(len(cells[cell]) for cell in pool) < min_samples:
-        pool.append(ranked[len(pool)])
+    pool: list[tuple[int, int]] = ranked[:fixed_buckets]
+    if not fixed_buckets:
+        while len(pool) < min(max_buckets, len(ranked)) and sum(len(cells[cell]) for cell in pool) < min_samples:
+            pool.append(ranked[len(pool)])
     weights = [1.0 / square(cell) for cell in pool]
     chosen = pool[-1]
     target = unit(draw(key, step_index, 2, 0)) * sum_in_order(weights)
@@ -80,6 +82,77 @@ def sampled_answer(
     found = cells[chosen]
     latency = found[index_below(residual, len(found))]
     return latency, INTERPOLATED if inside else EXTRAPOLATED, math.sqrt(square(pool[0]))
+
+
+def ranked_answer(
+    samples: Mapping[str, Any],
+    query: StepQuery,
+    key: int,
+    step_index: int,
+    *,
+    neighbors: str,
+    tokens_bucket_width: int = 1,
+    concurrency_bucket_width: int = 1,
+    context_bucket_width: int = 0,
+    min_samples: int = 30,
+    max_buckets: int = 0,
+    table_rule: str = "prefill_tokens",
+    transition: bool = False,
+) -> tuple[int, int, float]:
+    """Latency, support and distance by the nearest tokens, then concurrency, then context."""
+
+    def place(tokens: int, concurrency: int, context: int) -> tuple[int, ...]:
+        widths = (tokens_bucket_width, concurrency_bucket_width, context_bucket_width)
+        values = (tokens, concurrency, context)
+        return tuple(x // width * width + width // 2 if width else 0 for x, width in zip(values, widths, strict=True))
+
+    prefill = bool(query.chunk_tokens if table_rule == "prefill_tokens" else query.num_new_requests)
+    after = transition and not prefill and query.previous_prefill_tokens > 0
+    columns = ("table", "previous_prefill_tokens", "total_tokens", "concurrency", "context_tokens", "latency_ns")
+    rows = [
+        (place(tokens, concurrency, context), latency)
+        for table, previous, tokens, concurrency, context, latency in zip(
+            *(samples[name].tolist() for name in columns), strict=True
+        )
+        if bool(table) == prefill and (prefill or not transition or (previous > 0) == after)
+    ]
+    wanted = place(
+        sum(query.chunk_tokens) + query.num_decode_tokens,
+        query.concurrency,
+        query.decode_context_tokens + sum(query.chunk_context),
+    )
+    floor = min_samples if neighbors == "hierarchical" else 1
+    exact, outside, squares = True, False, 0.0
+    for axis, span in enumerate((2.0, 2.0, 2.0) if after else (1.25, 1.25, 2.0)):
+        x = wanted[axis]
+        held: dict[int, int] = defaultdict(int)
+        for point, _ in rows:
+            held[point[axis]] += 1
+        levels: list[list[int]] = []
+        for value in sorted(held):
+            pooled = sum(held[other] for other in levels[-1]) if levels else floor
+            if pooled >= floor or held[value] >= floor or value > levels[-1][0] * span:
+                levels.append([])
+            levels[-1].append(value)
+        mean = [sum(v * held[v] for v in level) / sum(held[v] for v in level) for level in levels]
+        outside = outside or not min(held) <= x <= max(held)
+        above = next((number for number, at in enumerate(mean) if at >= x), None)
+        if above is None:
+            chosen = len(levels) - 1
+        elif above == 0 or mean[above] == x:
+            chosen = above
+        elif neighbors == "nearest":
+            chosen = above - 1 if x - mean[above - 1] <= mean[above] - x else above
+        else:
+            share = unit(draw(key, step_index, 2, axis)) * (mean[above] - mean[above - 1])
+            chosen = above if share < x - mean[above - 1] else above - 1
+        exact = exact and levels[chosen] == [x]
+        if mean[chosen] != x:
+            gap = abs(mean[chosen] - x) / max(mean[chosen], x)
+            squares += gap * gap
+        rows = [row for row in rows if row[0][axis] in levels[chosen]]
+    latency = rows[index_below(draw(key, step_index, 1, 0), len(rows))][1]
+    return latency, EXACT if exact else (EXTRAPOLATED if outside else INTERPOLATED), math.sqrt(squares)
 
 
 def composed_answer(
@@ -122,19 +195,28 @@ def composed_answer(
     if not chunks:
         tokens = next((size for size in options.get("graph_capture_sizes", ()) if size >= tokens), tokens)
     base = part("dense_gemm", tokens) + part("dense_elementwise", tokens) + part("all_reduce", tokens)
-    base += part("logits", query.num_decode_tokens + len(chunks))
+    base += part("logits", query.num_decode_tokens + len(chunks)) + part(
+        "sampler", query.num_decode_tokens + len(chunks)
+    )
     base += exact("host_ns_per_step", 0) + exact("host_ns_per_sequence", 0) * (n + len(chunks))
+    together = "mixed_attention" in operators and n and chunks
     for number, (chunk, history) in enumerate(chunks):
-        cost = part("context_attention", chunk, history)
-        base += cost if number == 0 else max(cost - exact("launch_floor_ns", 0), Fraction(0))
-    if n:
+        if number == 0 and together:
+            at_mean = part("mixed_attention", chunk, history, n, Fraction(context, n))
+            base += at_mean
+            if skew := exact("skew_mixed", 0):
+                base += skew * max(part("mixed_attention", chunk, history, n, longest) - at_mean, Fraction(0))
+        else:
+            cost = part("context_attention", chunk, history)
+            base += cost if number == 0 else max(cost - exact("launch_floor_ns", 0), Fraction(0))
+    if n and not together:
         skew = exact("skew_mixed" if chunks else "skew_decode", 0)
         weight = exact("mixed_decode_factor", 1) if chunks else Fraction(1)
         at_mean = part("generation_attention", n, Fraction(context, n))
         base += weight * at_mean
         if skew:
             base += skew * (part("generation_attention", n, longest) - at_mean)
-    if len(chunks) > 1 or (chunks and n) or query.num_decode_tokens > n:
+    if len(chunks) > 1 or (chunks and n and not together) or query.num_decode_tokens > n:
         known = max(known, 3)
     known = max(known, {EXACT: 1, INTERPOLATED: 2, EXTRAPOLATED: 4}[support])
     ratio = ratios[index_below(draw(key, step_index, 1, 0), len(ratios))]
@@ -171,6 +253,112 @@ def grid_value(grid: Grid, point: Sequence[Fraction]) -> tuple[Fraction, int, fl
                 collapsed[rest] = values[at] + (values[at + 1] - values[at]) * share
         rows = collapsed
     return rows[()], support, distance
+
+
+def hybrid_answer(
+    terms: Sequence[tuple[str, float, float]],
+    arrays: Mapping[str, Any],
+    query: StepQuery,
+    key: int,
+    step_index: int,
+    *,
+    ratios: Sequence[float] = (1.0,),
+    shrink_distance: float = 0.7,
+    exact_distance: float = 0.1,
+    neighbors: int = 8,
+    max_context_edge: int = 1 << 53,
+    graph_capture_sizes: Sequence[int] = (),
+) -> tuple[float, int, float, int]:
+    """Latency (before rounding), support, distance and knowledge by the rules of the hybrid model.
+
+    `terms` are (name, above, ns), `arrays` those of model.parquet.
+    """
+
+    def physics(chunks: int, requests: int, decode_tokens: int, context: float, longest: float) -> float:
+        tokens = sum(query.chunk_tokens) + decode_tokens
+        if not chunks:
+            tokens = next((size for size in sorted(graph_capture_sizes) if size >= tokens), tokens)
+        amounts = {
+            "step": 1.0,
+            "mixed_step": 1.0 if chunks else 0.0,
+            "total_tokens": tokens,
+            "decode_requests": requests,
+            "decode_context_tokens": context,
+            "max_decode_context_tokens": longest,
+            "prefill_chunks": chunks,
+            "prefill_tokens": sum(query.chunk_tokens),
+            "prefill_history_tokens": sum(query.chunk_context),
+            "prefill_attention_pairs": pairs,
+        }
+        return sum(ns * max(0.0, amounts[name] - above) for name, above, ns in terms)
+
+    pairs = sum(t * h + t * (t + 1) // 2 for t, h in zip(query.chunk_tokens, query.chunk_context, strict=True))
+    chunks, n, drafted = len(query.chunk_tokens), query.num_decode_requests, query.num_decode_tokens
+    context, longest = query.decode_context_tokens, query.max_decode_context_tokens
+    known_of = {EXACT: 1, INTERPOLATED: 2, EXTRAPOLATED: 4}
+    if not chunks:
+        requests_edges, context_edges = [[int(e) for e in arrays[f"decode_{name}"]] for name in ("requests", "context")]
+        mean = context / n
+        i = bisect_right(requests_edges, n) - 1
+        j = bisect_right(context_edges, context // n) - 1
+
+        def cost(at: int) -> float:
+            here, there = arrays["decode_ratio"][i][at], arrays["decode_ratio"][min(i + 1, len(requests_edges) - 1)][at]
+            share = 0.0
+            if i + 1 < len(requests_edges):
+                share = (n - requests_edges[i]) / (requests_edges[i + 1] - requests_edges[i])
+            kv = context_edges[at]
+            return float((here + share * (there - here)) * physics(0, n, n, n * kv, kv))
+
+        slope_of_longest = sum(ns for name, _, ns in terms if name == "max_decode_context_tokens")
+        if j + 1 < len(context_edges):
+            low, high = context_edges[j], context_edges[j + 1]
+            base = cost(j) + (cost(j + 1) - cost(j)) * (mean - low) / (high - low)
+        else:
+            base = cost(j) * physics(0, n, n, context, mean) / physics(0, n, n, n * context_edges[j], context_edges[j])
+        base += slope_of_longest * (longest - mean)
+        support = int(arrays["decode_support"][i][j])
+        if slope_of_longest and longest >= max_context_edge:
+            support = EXTRAPOLATED
+        known = known_of[support]
+        pool = ratios
+        if drafted > n:
+            base += physics(0, n, drafted, 0.0, 0.0) - physics(0, n, n, 0.0, 0.0)
+            known = max(known, 3)
+            pool = list(arrays["mixed_residual"])
+        return (
+            base * pool[index_below(draw(key, step_index, 1, 0), len(pool))],
+            support,
+            float(arrays["decode_distance"][i][j]),
+            known,
+        )
+    point = (
+        math.log(sum(query.chunk_tokens)),
+        math.log(chunks),
+        math.log(pairs) / 2,
+        math.log(1 + n),
+        math.log(1 + context / max(1, n)),
+    )
+    measured = [([float(x) for x in row[:5]], float(row[5])) for row in arrays["mixed_support"]]
+    near = sorted((math.dist(point, place), ratio) for place, ratio in measured)[:neighbors]
+    weights = [1 / (d * d + 0.01) for d, _ in near]
+    mean_ratio = sum(w * (ratio - 1) for w, (_, ratio) in zip(weights, near, strict=True)) / sum(weights)
+    d = near[0][0]
+    learned = 1 + math.exp(-((d / shrink_distance) ** 2)) * mean_ratio
+    inside = all(
+        min(place[k] for place, _ in measured) - exact_distance
+        <= point[k]
+        <= max(place[k] for place, _ in measured) + exact_distance
+        for k in range(5)
+    )
+    support = EXTRAPOLATED
+    if inside and d <= shrink_distance:
+        support = EXACT if d <= exact_distance else INTERPOLATED
+    pool = list(arrays["mixed_residual"])
+    latency = physics(chunks, n, drafted, context, longest) * learned
+    latency *= pool[index_below(draw(key, step_index, 1, 0), len(pool))]
+    known = max(known_of[support], 3 if drafted > n else 1)
+    return latency, support, 0.0 if support == EXACT else d, known
 
 
 def output_tokens(begins: Sequence[int], bins: Sequence[Sequence[float]], value: int, prompt_tokens: int) -> int:

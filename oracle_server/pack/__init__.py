@@ -2,7 +2,7 @@
 
 from oracle_server.pack.check import Limits, PackReport, check_pack, compile_pack
 from oracle_server.pack.cold import Difference, cold_differences
-from oracle_server.pack.columns import COLUMNS, OPERATORS_FILE, RESIDUALS_FILE, SAMPLES_FILE
+from oracle_server.pack.columns import COLUMNS, MODEL_FILE, OPERATORS_FILE, RESIDUALS_FILE, SAMPLES_FILE
 from oracle_server.pack.durable import remove_partial_directories
 from oracle_server.pack.facts import EngineFacts
 from oracle_server.pack.kv_blocks import KvPlan, plan_kv_blocks
@@ -16,6 +16,8 @@ from oracle_server.pack.manifest import (
     Correction,
     Device,
     Engine,
+    HybridLatency,
+    HybridTerm,
     KvCache,
     Latency,
     Manifest,
@@ -38,6 +40,7 @@ __all__ = [
     "FILE_BYTES_LIMIT",
     "MANIFEST_BYTES_LIMIT",
     "MANIFEST_FILE",
+    "MODEL_FILE",
     "OPERATORS_FILE",
     "OPERATOR_AXES",
     "RESIDUALS_FILE",
@@ -50,6 +53,8 @@ __all__ = [
     "Difference",
     "Engine",
     "EngineFacts",
+    "HybridLatency",
+    "HybridTerm",
     "KvCache",
     "KvPlan",
     "Latency",

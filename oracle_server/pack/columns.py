@@ -14,6 +14,7 @@ from oracle_server.sampling.grids import OPERATOR_AXES
 
 SAMPLES_FILE: Final = "samples.parquet"
 OPERATORS_FILE: Final = "operators.parquet"
+MODEL_FILE: Final = "model.parquet"
 RESIDUALS_FILE: Final = "residuals.parquet"
 
 # File -> column -> numpy type. The order is the order in the file.
@@ -35,6 +36,7 @@ COLUMNS: Final[dict[str, dict[str, str]]] = {
         "latency_ns": "float64",
         "knowledge": "int8",
     },
+    MODEL_FILE: {"array": "int8", "row": "int32", "column": "int32", "value": "float64"},
     RESIDUALS_FILE: {"ratio": "float32"},
 }
 UNITS: Final[dict[str, dict[str, str]]] = {
@@ -55,16 +57,25 @@ UNITS: Final[dict[str, dict[str, str]]] = {
         "latency_ns": "nanoseconds per step",
         "knowledge": "Knowledge of step.proto",
     },
+    MODEL_FILE: {
+        "array": "number of a hybrid array",
+        "row": "index",
+        "column": "index",
+        "value": "tokens, requests, actual / physics, logarithm or Support",
+    },
     RESIDUALS_FILE: {"ratio": "actual / predicted"},
 }
 # Files of a kind: needed, allowed.
 KIND_FILES: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     "sampled": (frozenset({SAMPLES_FILE}), frozenset({SAMPLES_FILE})),
     "composed": (frozenset({OPERATORS_FILE}), frozenset({OPERATORS_FILE, RESIDUALS_FILE})),
+    "hybrid": (frozenset({MODEL_FILE}), frozenset({MODEL_FILE, RESIDUALS_FILE})),
 }
 LATENCY_NS_LIMIT: Final = 600_000_000_000
 RESIDUAL_ROWS_LIMIT: Final = 256
 OPERATOR_ROWS_LIMIT: Final = 2_000_000
+# The largest arrays of sampling.hybrid_tables, together.
+MODEL_ROWS_LIMIT: Final = 250_000
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -86,6 +97,9 @@ def check_columns(manifest: Manifest, files: Mapping[str, Columns]) -> tuple[str
         return _check_samples(files[SAMPLES_FILE])
     if RESIDUALS_FILE in files:
         _check_residuals(files[RESIDUALS_FILE])
+    if manifest.kind == "hybrid":
+        _check_model(files[MODEL_FILE])
+        return ()
     return _check_operators(manifest, files[OPERATORS_FILE])
 
 
@@ -167,6 +181,13 @@ def _check_operators(manifest: Manifest, columns: Columns) -> tuple[str, ...]:
                     "is latency_ns in nanoseconds?"
                 )
     return tuple(warnings)
+
+
+def _check_model(columns: Columns) -> None:
+    """Indices and finite values; what has to be true of each array, `hybrid_tables.build_model` says."""
+    for name in ("row", "column"):
+        _require(columns, MODEL_FILE, name, (columns[name] >= 0) & (columns[name] < 65536), "0 to 65535")
+    _require(columns, MODEL_FILE, "value", np.isfinite(columns["value"]), "finite")
 
 
 def _check_residuals(columns: Columns) -> None:

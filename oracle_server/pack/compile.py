@@ -11,14 +11,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle_server.pack.columns import OPERATORS_FILE, RESIDUALS_FILE, SAMPLES_FILE, Columns
+from oracle_server.pack.columns import MODEL_FILE, OPERATORS_FILE, RESIDUALS_FILE, SAMPLES_FILE, Columns
 from oracle_server.pack.durable import write_synced
-from oracle_server.pack.manifest import MANIFEST_FILE, Manifest, composed_latency
+from oracle_server.pack.manifest import MANIFEST_FILE, Manifest, composed_latency, hybrid_latency
 from oracle_server.sampling.buckets import build_index
 from oracle_server.sampling.grids import build_arrays as build_grids
+from oracle_server.sampling.hybrid_tables import Term, build_model
 
 # Grows whenever a kernel needs other arrays. Compiled packs of another version are compiled anew, never converted.
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 LAYOUT_FILE: Final = "layout.json"
 
 
@@ -31,11 +32,18 @@ def build_arrays(manifest: Manifest, files: Mapping[str, Columns]) -> dict[str, 
             tokens_width=latency.sampled.tokens_bucket_width,
             concurrency_width=latency.sampled.concurrency_bucket_width,
             transition=latency.transition,
+            neighbors=latency.sampled.neighbors or "joint",
+            context_width=latency.sampled.context_bucket_width or 0,
+            min_samples=latency.sampled.min_samples,
         )
+    ratios = files[RESIDUALS_FILE]["ratio"] if RESIDUALS_FILE in files else np.ones(1, dtype=np.float32)
+    residuals = {"residuals": ratios.astype(np.float32)}
+    if manifest.kind == "hybrid":
+        terms = [Term(term.name, term.above, term.coefficient_ns) for term in hybrid_latency(manifest).terms]
+        return {**build_model(files[MODEL_FILE], terms), **residuals}
     composed = composed_latency(manifest)
     arrays = build_grids(files[OPERATORS_FILE], {operator.id: operator.name for operator in composed.operators})
-    ratios = files[RESIDUALS_FILE]["ratio"] if RESIDUALS_FILE in files else np.ones(1, dtype=np.float32)
-    return {**arrays, "residuals": ratios.astype(np.float32)}
+    return {**arrays, **residuals}
 
 
 def write_arrays(directory: Path, digest: str, manifest_json: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from oracle_server.errors import PackInvalid
 from oracle_server.pack.compile import LAYOUT_FILE, LAYOUT_VERSION
 from oracle_server.pack.durable import read_regular_file
-from oracle_server.pack.manifest import MANIFEST_BYTES_LIMIT, MANIFEST_FILE, Manifest, composed_latency, parse_manifest
+from oracle_server.pack.manifest import (
+    MANIFEST_BYTES_LIMIT,
+    MANIFEST_FILE,
+    Manifest,
+    composed_latency,
+    hybrid_latency,
+    parse_manifest,
+)
 
 if TYPE_CHECKING:
     from oracle_server.sampling.oracle import Oracle
@@ -64,6 +71,7 @@ def load_compiled(out: Path) -> CompiledPack:
 def open_oracle(compiled: CompiledPack) -> Oracle:
     """The latency model of a compiled pack. Imports numba; `warm()` compiles."""
     from oracle_server.sampling.composed import ComposedOptions, ComposedOracle
+    from oracle_server.sampling.hybrid import HybridOptions, HybridOracle
     from oracle_server.sampling.sampled import SampledOptions, SampledOracle
 
     latency = compiled.manifest.latency
@@ -77,6 +85,23 @@ def open_oracle(compiled: CompiledPack) -> Oracle:
                 max_buckets=latency.sampled.max_buckets,
                 prefill_by_new_requests=latency.sampled.table_rule == "new_requests",
                 transition=latency.transition,
+                neighbors=latency.sampled.neighbors or "joint",
+                fixed_buckets=latency.sampled.fixed_buckets or 0,
+                context_bucket_width=latency.sampled.context_bucket_width or 0,
+            ),
+            prep_ns=latency.prep_ns,
+            copy_ns=latency.copy_ns,
+        )
+    if compiled.manifest.kind == "hybrid":
+        hybrid = hybrid_latency(compiled.manifest)
+        return HybridOracle(
+            compiled.arrays,
+            HybridOptions(
+                shrink_distance=hybrid.shrink_distance,
+                exact_distance=hybrid.exact_distance,
+                neighbors=hybrid.neighbors,
+                max_context_edge=hybrid.max_context_edge,
+                graph_capture_sizes=hybrid.graph_capture_sizes,
             ),
             prep_ns=latency.prep_ns,
             copy_ns=latency.copy_ns,

@@ -10,12 +10,12 @@ from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from oracle_server.errors import PackInvalid
 
 SCHEMA: Final = "step_oracle.pack/1"
-KINDS: Final = ("sampled", "composed")
+KINDS: Final = ("sampled", "composed", "hybrid")
 MANIFEST_FILE: Final = "manifest.json"
 MANIFEST_BYTES_LIMIT: Final = 1 << 20
 DEPTH_LIMIT: Final = 32
@@ -100,6 +100,14 @@ class SampledLatency(Struct, frozen=True, kw_only=True):
     # When a step reads the prefill table: it has a prefill chunk, or (LLM-Emu's packs) a request scheduled for the
     # first time.
     table_rule: Literal["prefill_tokens", "new_requests"] = "prefill_tokens"
+    # The next three stand in the file only where they are given.
+    # How buckets near a step are found: by one distance (absent: this; LLM-Emu's K = auto or n), the nearest tokens and
+    # then the nearest concurrency (its K = 1), or axis by axis with mixing between neighbours.
+    neighbors: Literal["joint", "nearest", "hierarchical"] | UnsetType = UNSET
+    # joint only, LLM-Emu's K = n: pool exactly so many buckets, whatever min_samples and max_buckets.
+    fixed_buckets: Annotated[int, Meta(ge=1, le=1024)] | UnsetType = UNSET
+    # hierarchical only: context_tokens is the third axis, in buckets of so many tokens.
+    context_bucket_width: Annotated[int, Meta(ge=1, le=2**31)] | UnsetType = UNSET
 
 
 class Operator(Struct, frozen=True, kw_only=True):
@@ -130,6 +138,30 @@ class ComposedLatency(Struct, frozen=True, kw_only=True):
     graph_capture_sizes: tuple[Count, ...] = ()
 
 
+class HybridTerm(Struct, frozen=True, kw_only=True):
+    """One physics term: coefficient_ns * max(0, amount - above)."""
+
+    # One of sampling.hybrid_tables.TERM_UNITS.
+    name: Name
+    # Nanoseconds per unit of the amount.
+    coefficient_ns: Amount
+    above: Annotated[float, Meta(ge=0.0, le=1e18)] = 0.0
+
+
+class HybridLatency(Struct, frozen=True, kw_only=True):
+    """Options of the hybrid model (README.md of oracle_server/sampling)."""
+
+    terms: tuple[HybridTerm, ...]
+    # Distances in natural logarithms of the shape's numbers: 0.7 is a factor of 2.
+    shrink_distance: Annotated[float, Meta(ge=0.01, le=10.0)] = 0.7
+    exact_distance: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.1
+    neighbors: Annotated[int, Meta(ge=1, le=16)] = 8
+    # A decode-only step whose longest context reaches it is extrapolated, where the longest context costs anything.
+    max_context_edge: Count = 2**53
+    # Decode-only steps are padded to the next of these; empty: no padding.
+    graph_capture_sizes: tuple[Count, ...] = ()
+
+
 class Latency(Struct, frozen=True, kw_only=True):
     """Hot: how steps are timed. Exactly the options of the pack's kind are given."""
 
@@ -141,6 +173,8 @@ class Latency(Struct, frozen=True, kw_only=True):
     transition: bool = False
     sampled: SampledLatency | None = None
     composed: ComposedLatency | None = None
+    # Stands in the file of hybrid packs only.
+    hybrid: HybridLatency | UnsetType | None = UNSET
 
 
 class PackFile(Struct, frozen=True, kw_only=True):
@@ -175,7 +209,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     schema: str = SCHEMA
     name: Name
-    kind: Literal["sampled", "composed"]
+    kind: Literal["sampled", "composed", "hybrid"]
     # RFC 3339; given by whoever builds the pack.
     created: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)\Z")]
     # SPDX expression of the data.
@@ -203,7 +237,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise PackInvalid(f"schema is {_short(schema)}; this version reads {SCHEMA!r}", where="manifest.json: schema")
     if document.get("kind") not in KINDS:
         raise PackInvalid(
-            f"kind is {_short(document.get('kind'))}; this version answers from {' and '.join(KINDS)} packs",
+            f"kind is {_short(document.get('kind'))}; this version answers from {', '.join(KINDS)} packs",
             where="manifest.json: kind",
         )
     try:
@@ -222,6 +256,13 @@ def composed_latency(manifest: Manifest) -> ComposedLatency:
     if manifest.latency.composed is None:
         raise PackInvalid("a composed pack gives latency.composed", where="manifest.json: latency.composed")
     return manifest.latency.composed
+
+
+def hybrid_latency(manifest: Manifest) -> HybridLatency:
+    """Options of a hybrid pack; `parse_manifest` makes sure that one has them."""
+    if not isinstance(manifest.latency.hybrid, HybridLatency):
+        raise PackInvalid("a hybrid pack gives latency.hybrid", where="manifest.json: latency.hybrid")
+    return manifest.latency.hybrid
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -318,7 +359,7 @@ def _check_consistency(manifest: Manifest) -> None:
     """What types alone cannot say."""
     latency = manifest.latency
     for kind in KINDS:
-        given = getattr(latency, kind) is not None
+        given = getattr(latency, kind) not in (None, UNSET)
         if given != (kind == manifest.kind):
             raise PackInvalid(
                 f"a {manifest.kind} pack gives latency.{manifest.kind} and no other options",
@@ -326,6 +367,8 @@ def _check_consistency(manifest: Manifest) -> None:
             )
     if latency.transition and manifest.kind != "sampled":
         raise PackInvalid("only sampled packs have a transition term", where="manifest.json: latency.transition")
+    if latency.sampled is not None:
+        _check_neighbors(latency.sampled)
     composed = latency.composed
     if composed is not None:
         if composed.mixed_decode_factor < composed.skew_mixed:
@@ -337,10 +380,18 @@ def _check_consistency(manifest: Manifest) -> None:
         if len({operator.id for operator in composed.operators}) != len(composed.operators):
             raise PackInvalid("two operators have one id", where="manifest.json: latency.composed.operators")
         _check_ascending(composed.graph_capture_sizes, "latency.composed.graph_capture_sizes")
+    if isinstance(latency.hybrid, HybridLatency):
+        _check_ascending(latency.hybrid.graph_capture_sizes, "latency.hybrid.graph_capture_sizes")
     _check_ascending(manifest.engine.graph_capture_sizes or (), "engine.graph_capture_sizes")
     uncertainty = manifest.uncertainty
     if uncertainty is not None and not uncertainty.low_percent <= uncertainty.high_percent:
         raise PackInvalid("low_percent is above high_percent", where="manifest.json: uncertainty")
+
+
+def _check_neighbors(sampled: SampledLatency) -> None:
+    for name, needed in (("fixed_buckets", "joint"), ("context_bucket_width", "hierarchical")):
+        if getattr(sampled, name) is not UNSET and (sampled.neighbors or "joint") != needed:
+            raise PackInvalid(f"{name} belongs to {needed} neighbors", where=f"manifest.json: latency.sampled.{name}")
 
 
 def _check_ascending(sizes: tuple[int, ...], where: str) -> None:

@@ -15,6 +15,8 @@ from oracle_server.errors import PackDigestMismatch, PackInvalid
 from oracle_server.pack.columns import (
     COLUMNS,
     KIND_FILES,
+    MODEL_FILE,
+    MODEL_ROWS_LIMIT,
     OPERATOR_ROWS_LIMIT,
     OPERATORS_FILE,
     RESIDUAL_ROWS_LIMIT,
@@ -23,7 +25,11 @@ from oracle_server.pack.columns import (
 from oracle_server.pack.durable import read_regular_file
 from oracle_server.pack.manifest import FILE_BYTES_LIMIT, ROWS_LIMIT, Manifest, PackFile
 
-_ROWS_LIMIT: Final = {OPERATORS_FILE: OPERATOR_ROWS_LIMIT, RESIDUALS_FILE: RESIDUAL_ROWS_LIMIT}
+_ROWS_LIMIT: Final = {
+    OPERATORS_FILE: OPERATOR_ROWS_LIMIT,
+    MODEL_FILE: MODEL_ROWS_LIMIT,
+    RESIDUALS_FILE: RESIDUAL_ROWS_LIMIT,
+}
 _ROW_GROUPS_LIMIT: Final = 4096
 # DELTA encodings are left out: a 300-byte file forces a 4 GB allocation through them (apache/arrow issue 49955).
 _ENCODINGS: Final = frozenset({"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED", "BYTE_STREAM_SPLIT"})

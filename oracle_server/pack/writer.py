@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from oracle_server.errors import InvalidArgument, PackInvalid
 from oracle_server.pack.columns import (
     COLUMNS,
+    MODEL_FILE,
     OPERATORS_FILE,
     RESIDUALS_FILE,
     SAMPLES_FILE,
@@ -31,6 +32,7 @@ def write_pack(
     *,
     samples: Mapping[str, ArrayLike] | None = None,
     operators: Mapping[str, ArrayLike] | None = None,
+    model: Mapping[str, ArrayLike] | None = None,
     residuals: Mapping[str, ArrayLike] | None = None,
 ) -> str:
     """Write a pack and return its digest.
@@ -43,7 +45,7 @@ def write_pack(
         raise InvalidArgument(
             f"{directory} exists; a pack is never overwritten, choose another name", field="directory"
         )
-    given = {SAMPLES_FILE: samples, OPERATORS_FILE: operators, RESIDUALS_FILE: residuals}
+    given = {SAMPLES_FILE: samples, OPERATORS_FILE: operators, MODEL_FILE: model, RESIDUALS_FILE: residuals}
     files = {name: _convert(name, columns) for name, columns in given.items() if columns is not None}
     encoded = {name: parquet_bytes(name, columns) for name, columns in files.items()}
     manifest = msgspec.structs.replace(

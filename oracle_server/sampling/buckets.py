@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.errors import PackInvalid
+from oracle_server.sampling.levels import SPAN, SPAN_AFTER_PREFILL, bucket_center, build_levels
 
 TABLES: Final = ("decode", "after_prefill", "prefill")
 ROW_FIELDS: Final = ("row_concurrency", "row_begin", "bucket_tokens", "sample_begin", "latency_ns")
@@ -18,7 +19,14 @@ _PREFILL_ROW: Final = 1
 
 
 def build_index(
-    samples: Mapping[str, NDArray[Any]], *, tokens_width: int, concurrency_width: int, transition: bool
+    samples: Mapping[str, NDArray[Any]],
+    *,
+    tokens_width: int,
+    concurrency_width: int,
+    transition: bool,
+    neighbors: str = "joint",
+    context_width: int = 0,
+    min_samples: int = 1,
 ) -> dict[str, NDArray[Any]]:
     """Group samples into the tables of the sampled model.
 
@@ -29,6 +37,8 @@ def build_index(
         bucket_tokens[B]      bucket centers in total tokens, ascending within a row
         sample_begin[B + 1]   samples of bucket b: [sample_begin[b], sample_begin[b + 1])
         latency_ns[N]         samples of one bucket in the order of the file
+    and, unless `neighbors` is "joint", those of `levels.build_levels`: "nearest" keeps every center apart,
+    "hierarchical" pools by `min_samples` and has context as an axis where `context_width` is not 0.
     Without `transition` all decode samples are one table; with it those with previous_prefill_tokens > 0 are apart.
     Raises PackInvalid where a table the model needs is empty: nothing stands in for it.
     """
@@ -52,13 +62,18 @@ def build_index(
         arrays.update(
             {f"{name}.{field}": array for field, array in _group(samples, mask, tokens_width, concurrency_width)}
         )
+        if neighbors != "joint":
+            levels = build_levels(
+                samples,
+                mask,
+                tokens_width=tokens_width,
+                concurrency_width=concurrency_width,
+                context_width=context_width,
+                min_samples=min_samples if neighbors == "hierarchical" else 1,
+                spans=SPAN_AFTER_PREFILL if name == "after_prefill" else SPAN,
+            )
+            arrays.update({f"{name}.{field}": array for field, array in levels.items()})
     return arrays
-
-
-def bucket_center(value: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Center of the bucket that holds `value`: LLM-Emu's floor(x / w) * w + floor(w / 2). A center is its own
-    center."""
-    return value // width * width + width // 2
 
 
 def _group(

@@ -1,10 +1,14 @@
 """The composed latency model: measured operators summed, each linear on its grid.
 
-A step costs dense(T) + logits(S) + host + attention, times a residual. T is the step's tokens, padded to the next graph
-capture size in decode-only steps; S the rows of the logits matrix; g(n, kv) the attention of n decode requests.
+A step costs dense(T) + logits(S) + sampler(S) + host + attention, times a residual. T is the step's tokens, padded to
+the next graph capture size in decode-only steps; S the rows of the logits matrix; g(n, kv) the attention of n decode
+requests, m(n, kv) that of the largest chunk and n decode requests together.
     decode-only   attention = (1 - skew) g(n, mean) + skew g(n, max)
     mixed         attention = largest prefill chunk + max(0, chunk - launch floor) of the others
                             + factor g(n, mean) + skew_mixed (g(n, max) - g(n, mean))
+    mixed, where the pack has mixed_attention
+                  attention = m(n, mean) + skew_mixed max(0, m(n, max) - m(n, mean))
+                            + max(0, chunk - launch floor) of the others
 Decode-only latency is computed from a DecodeRecord, the piece a lease carries, and from nothing else.
 """
 

@@ -16,11 +16,14 @@ OPERATOR_AXES: Final[dict[str, tuple[str, ...]]] = {
     "dense_elementwise": ("total_tokens",),
     "all_reduce": ("total_tokens",),
     "logits": ("logits_rows",),
+    "sampler": ("logits_rows",),
     "generation_attention": ("decode_requests", "mean_context_tokens"),
     "context_attention": ("chunk_tokens", "history_tokens"),
+    "mixed_attention": ("chunk_tokens", "history_tokens", "decode_requests", "mean_context_tokens"),
 }
 # Absent ones cost nothing: a model on one device has no all-reduce, and elementwise work may be part of the GEMM table.
-OPTIONAL_OPERATORS: Final = frozenset({"dense_elementwise", "all_reduce"})
+# Without mixed_attention a chunk beside decode requests is composed of the two operators that know one of them.
+OPTIONAL_OPERATORS: Final = frozenset({"dense_elementwise", "all_reduce", "sampler", "mixed_attention"})
 
 # Columns of a row of `layout`.
 PRESENT: Final = 0
@@ -28,8 +31,12 @@ AXIS0: Final = 1
 AXIS0_SIZE: Final = 2
 AXIS1: Final = 3
 AXIS1_SIZE: Final = 4
-VALUES: Final = 5
-LAYOUT_COLUMNS: Final = 6
+AXIS2: Final = 5
+AXIS2_SIZE: Final = 6
+AXIS3: Final = 7
+AXIS3_SIZE: Final = 8
+VALUES: Final = 9
+LAYOUT_COLUMNS: Final = 10
 
 # A grid point times the largest number of requests stays below 2^63.
 AXIS_LIMIT: Final = 2**31
@@ -41,8 +48,8 @@ def build_arrays(operators: Mapping[str, NDArray[Any]], names: Mapping[int, str]
     """Arrange operators.parquet for the kernels.
 
     `operators` are its columns, `names` maps the number in column `operator` to a name of OPERATOR_AXES. The result:
-        layout     int64[6, 6]  one row per operator in the order of OPERATOR_AXES: present, offset and size of axis 0,
-                                offset and size of axis 1 (size 1 where there is none), offset of the values
+        layout     int64[8, 10] one row per operator in the order of OPERATOR_AXES: present, offset and size of axes 0
+                                to 3 (size 1 where there is none), offset of the values
         grid       float64[G]   axes (ascending whole numbers) and values (ns, first axis slowest) of all operators
         knowledge  int8[G]      Knowledge of step.proto, at the positions of the values
     Raises PackInvalid for an unknown or absent operator, a grid that is not full, a point given twice, an axis that is
@@ -77,8 +84,12 @@ def build_arrays(operators: Mapping[str, NDArray[Any]], names: Mapping[int, str]
             )
         rows = column == number_of[name]
         axes, values, known = _full_grid(name, axis_names, {key: data[rows] for key, data in operators.items()})
-        sizes = [axis.size for axis in axes] + [1] * (2 - len(axes))
-        layout[slot] = (1, offset, sizes[0], offset + sizes[0], sizes[1], offset + sum(axis.size for axis in axes))
+        layout[slot, PRESENT] = 1
+        layout[slot, AXIS0_SIZE:VALUES:2] = 1
+        for number, axis in enumerate(axes):
+            layout[slot, AXIS0 + 2 * number] = offset + sum(before.size for before in axes[:number])
+            layout[slot, AXIS0_SIZE + 2 * number] = axis.size
+        layout[slot, VALUES] = offset + sum(axis.size for axis in axes)
         parts += [*axes, values]
         knowledge += [np.zeros(sum(axis.size for axis in axes), dtype=np.int8), known]
         offset += sum(axis.size for axis in axes) + values.size

@@ -9,14 +9,14 @@ from oracle_server.sampling.shape import StepQuery
 
 
 class Oracle(Protocol):
-    """One pack compiled and ready to answer: `sampled.SampledOracle` or `composed.ComposedOracle`.
+    """One pack compiled and ready to answer: `SampledOracle`, `ComposedOracle` or `HybridOracle`.
 
     Immutable and pure: the same arguments give the same bits in every process and thread.
     """
 
     @property
     def kind(self) -> str:
-        """The latency model: sampled or composed."""
+        """The latency model: sampled, composed or hybrid."""
         ...
 
     # Executor entry to first kernel on an idle device, and last kernel to visible result; 0 where the pack does not

@@ -1,4 +1,5 @@
-"""The sampled latency model: LLM-Emu's oracle (arXiv 2605.00616, K = auto) with draws that are pure functions."""
+"""The sampled latency model: LLM-Emu's oracle (arXiv 2605.00616) with draws that are pure functions, and ranked
+neighbours in its place."""
 
 from __future__ import annotations
 
@@ -30,11 +31,16 @@ from oracle_server.sampling.draws import (
     unit_u64,
 )
 from oracle_server.sampling.jit import compiled
+from oracle_server.sampling.levels import LEVEL_FIELDS
+from oracle_server.sampling.ranked import draw_ranked
 from oracle_server.sampling.shape import StepQuery
 
 _KNOWLEDGE: Final = (0, KNOWLEDGE_MEASURED, KNOWLEDGE_INTERPOLATED, KNOWLEDGE_EXTRAPOLATED)
 
 _Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int, int]
+_Tree = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+# More samples than a pack can hold: pooling then ends at the number of buckets.
+_NEVER_ENOUGH: Final = 1 << 40
 
 
 class SampledOptions(NamedTuple):
@@ -46,6 +52,12 @@ class SampledOptions(NamedTuple):
     max_buckets: int = 32
     prefill_by_new_requests: bool = False
     transition: bool = False
+    # joint, nearest or hierarchical.
+    neighbors: str = "joint"
+    # Of joint neighbours: pool exactly so many buckets; 0: by min_samples.
+    fixed_buckets: int = 0
+    # Of hierarchical neighbours; 0: context is no axis.
+    context_bucket_width: int = 0
 
 
 class SampledOracle:
@@ -60,35 +72,57 @@ class SampledOracle:
         self.prep_ns = prep_ns
         self.copy_ns = copy_ns
         self._options = options
-        self._tables = {name: _table(arrays, name) for name in TABLES if name != "after_prefill" or options.transition}
+        names = [name for name in TABLES if name != "after_prefill" or options.transition]
+        self._tables: dict[str, _Table] = {}
+        self._trees: dict[str, _Tree] = {}
+        if options.neighbors == "joint":
+            self._tables = {name: _table(arrays, name) for name in names}
+        else:
+            self._trees = {name: _tree(arrays, name) for name in names}
+        self._min_samples = _NEVER_ENOUGH if options.fixed_buckets else options.min_samples
+        self._max_buckets = options.fixed_buckets or options.max_buckets
 
     def answer(self, query: StepQuery, key: int, step_index: int, factor: float = 1.0) -> Answer:
         """Draw the latency of one step.
 
         `key` is `draws.engine_key`; `factor` multiplies the drawn sample (rounded half up, at least 1 ns).
         """
-        chunk_tokens, _, _, decode_tokens, _, _, concurrency, previous_prefill, new_requests = query
+        chunk_tokens, chunk_context, _, decode_tokens, context, _, concurrency, previous_prefill, new_requests = query
         tokens = sum(chunk_tokens) + decode_tokens
         if tokens < 1:
             raise BadStep("a step without tokens has no latency; do not ask for one", field="shape")
         options = self._options
         if new_requests if options.prefill_by_new_requests else chunk_tokens:
-            table = self._tables["prefill"]
+            table = "prefill"
         elif options.transition and previous_prefill:
-            table = self._tables["after_prefill"]
+            table = "after_prefill"
         else:
-            table = self._tables["decode"]
+            table = "decode"
         tokens_width = options.tokens_bucket_width
         width = options.concurrency_bucket_width
-        latency, support, distance = draw_sample(
-            *table,
-            tokens // tokens_width * tokens_width + tokens_width // 2,
-            concurrency // width * width + width // 2,
-            options.min_samples,
-            options.max_buckets,
-            signed(key),
-            signed(step_index),
-        )
+        tokens_center = tokens // tokens_width * tokens_width + tokens_width // 2
+        concurrency_center = concurrency // width * width + width // 2
+        if self._trees:
+            width = options.context_bucket_width
+            latency, support, distance = draw_ranked(
+                *self._trees[table],
+                tokens_center,
+                concurrency_center,
+                (context + sum(chunk_context)) // width * width + width // 2 if width else 0,
+                options.neighbors == "hierarchical",
+                signed(key),
+                signed(step_index),
+            )
+        else:
+            latency, support, distance = draw_sample(
+                *self._tables[table],
+                tokens_center,
+                concurrency_center,
+                self._min_samples,
+                self._max_buckets,
+                signed(key),
+                signed(step_index),
+            )
         if factor != 1.0:
             latency = max(1, math.floor(latency * factor + 0.5))
         return Answer(latency, support, distance, _KNOWLEDGE[support])
@@ -105,17 +139,28 @@ class SampledOracle:
 
     def warm(self) -> None:
         """Compile the kernel, or load it from its cache, so that the first step does not wait for it."""
-        draw_sample(*self._tables["decode"], 1, 1, 1, 1, 0, 0)
+        if self._trees:
+            draw_ranked(*self._trees["decode"], 1, 1, 0, True, 0, 0)
+        else:
+            draw_sample(*self._tables["decode"], 1, 1, 1, 1, 0, 0)
+
+
+def _tree(arrays: Mapping[str, NDArray[Any]], name: str) -> _Tree:
+    at, node, latency = (arrays[f"{name}.{field}"] for field in LEVEL_FIELDS)
+    return _plain(at, np.float64), _plain(node, np.int64), _plain(latency, np.int64)
+
+
+def _plain(array: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """A plain read-only array whatever it is mapped from: one type, so one compiled variant."""
+    view = np.ascontiguousarray(np.asarray(array, dtype=kind)).view()
+    view.flags.writeable = False
+    return view
 
 
 def _table(arrays: Mapping[str, NDArray[Any]], name: str) -> _Table:
-    fields = []
-    for field in ROW_FIELDS:
-        # A plain read-only array whatever it is mapped from: one type, so one compiled variant.
-        array = np.asarray(arrays[f"{name}.{field}"], dtype=np.int64).view()
-        array.flags.writeable = False
-        fields.append(array)
-    row_concurrency, row_begin, bucket_tokens, sample_begin, latency = fields
+    row_concurrency, row_begin, bucket_tokens, sample_begin, latency = (
+        _plain(arrays[f"{name}.{field}"], np.int64) for field in ROW_FIELDS
+    )
     return (
         row_concurrency,
         row_begin,

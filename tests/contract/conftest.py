@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import build_composed_pack, build_constant_pack, build_sampled_pack
+from builders import build_composed_pack, build_constant_pack, build_hybrid_pack, build_sampled_pack
 from oracle_calls import Calls
 from oracle_process import OracleProcess
 from oracle_server.pack import Engine
@@ -19,6 +19,7 @@ def pack_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("packs")
     build_composed_pack(folder / "composed", ratios=[0.9, 0.95, 1.0, 1.1])
     build_sampled_pack(folder / "sampled")
+    build_hybrid_pack(folder / "hybrid", ratios=[0.9, 0.95, 1.0, 1.1])
     build_constant_pack(folder / "constant", latency_ns=10_000_000)
     build_constant_pack(folder / "constant20", latency_ns=20_000_000)
     build_constant_pack(folder / "tied", latency_ns=30_000_000, engine=Engine(max_num_seqs=128))

@@ -34,7 +34,7 @@ def everything() -> list[step_pb2.StepRequest]:
     return steps
 
 
-@pytest.mark.parametrize("pack", ["composed", "sampled"])
+@pytest.mark.parametrize("pack", ["composed", "sampled", "hybrid"])
 def test_two_servers_and_a_restarted_one_answer_the_same_bytes(
     pack: str, new_server: Callable[..., OracleProcess], pack_dirs: Dirs
 ) -> None:

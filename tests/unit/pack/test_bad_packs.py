@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bad_packs import BAD_PACKS, parquet_bomb_that_declares_few_rows
-from builders import build_composed_pack, build_sampled_pack
+from builders import build_composed_pack, build_hybrid_pack, build_sampled_pack
 from oracle_server.errors import PackDigestMismatch, PackInvalid
 from oracle_server.pack import Limits, check_pack, compile_pack
 
@@ -22,11 +22,13 @@ DIGEST_FAULTS = {
 def build(directory: Path, kind: str) -> None:
     if kind == "sampled":
         build_sampled_pack(directory)
+    elif kind == "hybrid":
+        build_hybrid_pack(directory, ratios=(0.9, 1.0, 1.1))
     else:
         build_composed_pack(directory, ratios=(0.9, 1.0, 1.1))
 
 
-@pytest.mark.parametrize("kind", ["sampled", "composed"])
+@pytest.mark.parametrize("kind", ["sampled", "composed", "hybrid"])
 def test_the_packs_the_corpus_spoils_are_valid(tmp_path: Path, kind: str) -> None:
     build(tmp_path / "pack", kind)
     assert check_pack(tmp_path / "pack").warnings == ()

@@ -17,6 +17,7 @@ from oracle_server.pack import (
     ComposedLatency,
     Latency,
     Manifest,
+    SampledLatency,
     Uncertainty,
     canonical_manifest,
     check_pack,
@@ -53,6 +54,21 @@ def test_the_digest_does_not_depend_on_layout() -> None:
     assert digest_of(data).startswith("sha256:")
     assert len(digest_of(data)) == 7 + 64
     assert digest_of(data.replace(b"held-out", b"holdout")) != digest_of(data)
+
+
+def test_options_of_neighbors_that_are_not_given_do_not_change_a_packs_digest() -> None:
+    plain = build_manifest(Latency(sampled=SampledLatency()))
+    options = json.loads(manifest_bytes(plain))["latency"]["sampled"]
+    assert set(options) == {
+        "tokens_bucket_width",
+        "concurrency_bucket_width",
+        "min_samples",
+        "max_buckets",
+        "table_rule",
+    }
+    ranked = build_manifest(Latency(sampled=SampledLatency(neighbors="hierarchical", context_bucket_width=4096)))
+    assert parse_manifest(manifest_bytes(ranked)) == ranked
+    assert digest_of(manifest_bytes(ranked)) != digest_of(manifest_bytes(plain))
 
 
 def test_a_newer_minor_version_is_read_and_its_fields_count_in_the_digest(tmp_path: Path) -> None:

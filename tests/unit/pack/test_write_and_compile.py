@@ -20,7 +20,7 @@ from builders import (
     plausible_operators,
     plausible_samples,
 )
-from naive import composed_answer, sampled_answer
+from naive import composed_answer, ranked_answer, sampled_answer
 from oracle_server.errors import InvalidArgument, PackInvalid
 from oracle_server.pack import check_pack, compile_pack, load_compiled, open_oracle, remove_partial_directories
 from oracle_server.pack.compile import LAYOUT_VERSION
@@ -60,6 +60,38 @@ def test_a_sampled_pack_answers_from_its_file(tmp_path: Path) -> None:
         query = decode_query(1 + step, 5000, previous_prefill_tokens=step % 2)
         expected = sampled_answer(plausible_samples(), query, KEY, step, transition=True, **options)
         answer = oracle.answer(query, KEY, step)
+        assert (answer.latency_ns, answer.support, answer.distance) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"neighbors": "nearest", "concurrency_bucket_width": 5},
+        {"neighbors": "hierarchical", "context_bucket_width": 1024, "min_samples": 7},
+    ],
+)
+def test_a_pack_of_ranked_neighbors_answers_from_its_file(options: dict[str, Any], tmp_path: Path) -> None:
+    samples = plausible_samples()
+    samples["context_tokens"] = np.arange(samples["table"].size, dtype=np.int64) * 37 % 9000
+    build_sampled_pack(tmp_path / "pack", samples=samples, sampled=options, transition=True)
+    compile_pack(tmp_path / "pack", tmp_path / "compiled")
+    oracle = open_oracle(load_compiled(tmp_path / "compiled"))
+    for step in range(50):
+        query = decode_query(1 + step, 5000, previous_prefill_tokens=step % 2)
+        answer = oracle.answer(query, KEY, step)
+        expected = ranked_answer(samples, query, KEY, step, transition=True, **options)
+        assert (answer.latency_ns, answer.support, answer.distance) == expected
+        assert oracle.decode_record(1 + step, 5000, 5000) is None
+
+
+def test_a_pack_of_fixed_k_answers_from_its_file(tmp_path: Path) -> None:
+    build_sampled_pack(tmp_path / "pack", sampled={"fixed_buckets": 3})
+    compile_pack(tmp_path / "pack", tmp_path / "compiled")
+    oracle = open_oracle(load_compiled(tmp_path / "compiled"))
+    for step in range(50):
+        query = decode_query(1 + step, 5000)
+        answer = oracle.answer(query, KEY, step)
+        expected = sampled_answer(plausible_samples(), query, KEY, step, fixed_buckets=3)
         assert (answer.latency_ns, answer.support, answer.distance) == expected
 
 

@@ -57,6 +57,9 @@ def random_queries(seed: int, count: int) -> list[StepQuery]:
         {"min_samples": 1_000_000, "max_buckets": 7},
         {"min_samples": 1_000_000, "max_buckets": 1024},
         {"max_buckets": 1},
+        {"fixed_buckets": 1},
+        {"fixed_buckets": 4, "min_samples": 1},
+        {"fixed_buckets": 1024},
     ],
 )
 def test_the_kernel_equals_its_naive_twin(options: dict[str, Any]) -> None:

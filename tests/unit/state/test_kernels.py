@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from builders import build_composed_pack, build_sampled_pack, decode_query, mixed_query
+from builders import build_composed_pack, build_hybrid_pack, build_sampled_pack, decode_query, mixed_query
 from oracle_server import pack as packs
-from oracle_server.sampling import composed_kernels, sampled
+from oracle_server.sampling import composed_kernels, hybrid_kernels, sampled
 from oracle_server.state.kernels import warm_kernels
 
 
@@ -18,12 +18,15 @@ def compiled_variants() -> int:
         composed_kernels.decode_latency,
         composed_kernels.decode_piece,
         composed_kernels.mixed_latency,
+        hybrid_kernels.decode_latency,
+        hybrid_kernels.decode_piece,
+        hybrid_kernels.mixed_latency,
         sampled.draw_sample,
     ]
     return sum(len(kernel.signatures) for kernel in kernels)
 
 
-@pytest.mark.parametrize("build", [build_composed_pack, build_sampled_pack])
+@pytest.mark.parametrize("build", [build_composed_pack, build_sampled_pack, build_hybrid_pack])
 def test_answers_of_a_mapped_pack_use_the_warm_variants(build: object, tmp_path: Path) -> None:
     build(tmp_path / "pack")  # type: ignore[operator]
     packs.compile_pack(tmp_path / "pack", tmp_path / "compiled")
