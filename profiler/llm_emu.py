@@ -1,17 +1,15 @@
-"""Imports LLM-Emu profile packs (JSON 2.0 and 2.1) as sampled packs, every sample in the order it was captured.
+"""Reads LLM-Emu profile packs (JSON 2.0 and 2.1), every sample in the order it was captured.
 
 LLM-Emu files the wall time of an engine-loop iteration under the batch just scheduled (arXiv 2605.00616), so the first
-decode step after a prefill carries some of the prefill's time. The import keeps the samples as they are and reports how
-much of the time lies in such tails.
+decode step after a prefill carries some of the prefill's time (`llm_emu_transition.py`). Context tokens come from the
+3-D tables that AMD's packs have (`llm_emu_context.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.errors import InvalidArgument
-from oracle_server.pack import Device, Engine, KvCache, Latency, Manifest, Model, SampledLatency, write_pack
-from profiler.model_config import model_shape
+from profiler.llm_emu_context import interleave
 
 _MAX_FILE_BYTES = 256 << 20
 _MAX_SAMPLES = 20_000_000
 _VERSIONS = ("2.0", "2.1")
 DECODE, PREFILL = 0, 1
 _TABLES = ((DECODE, "decode_2d_distribution"), (PREFILL, "prefill_2d_distribution"))
+_CONTEXT_TABLES = {
+    "prefill_2d_distribution": "prefill_3d_distribution",
+    "decode_2d_distribution": "decode_3d_distribution",
+}
 # Parts of the format that have no place in the pack; named in its provenance where a file holds them.
 _LEFT_OUT = (
-    "prefill_3d_distribution",
-    "decode_3d_distribution",
     "prefill_axis_distribution",
     "decode_axis_distribution",
     "alpha_kv",
@@ -40,7 +39,7 @@ _LEFT_OUT = (
     "bw_calibration",
 )
 # A sample so much above its cell's median is no scatter of the device.
-_TAIL_FACTOR = 3.0
+FAR_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,11 @@ class TableReport:
 
 @dataclass(frozen=True)
 class LlmEmuPack:
-    """A parsed file. `columns` are those of samples.parquet, rows in capture order within each cell."""
+    """A parsed file.
+
+    `columns` are those of samples.parquet as LLM-Emu files its samples, rows in capture order within each cell;
+    `context_tokens` is the column of that name where the 3-D tables give it, else None.
+    """
 
     source: str
     version: str
@@ -67,23 +70,12 @@ class LlmEmuPack:
     model_name: str
     tokens_bucket_width: int
     concurrency_bucket_width: int
+    context_bucket_width: int
     model_config: Mapping[str, Any]
     columns: Mapping[str, NDArray[Any]]
+    context_tokens: NDArray[np.int64] | None
     reports: Mapping[str, TableReport]
     left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """What the file does not say or says wrong; None or "" leaves it to the file."""
-
-    kv_blocks: int | None = None
-    block_size: int | None = None
-    name: str | None = None
-    architecture: str = ""
-    dtype: str = ""
-    min_samples: int = 30
-    licence: str = "unknown"
 
 
 def read_llm_emu(path: Path) -> LlmEmuPack:
@@ -99,7 +91,7 @@ def read_llm_emu(path: Path) -> LlmEmuPack:
         raise InvalidArgument(f"{path}: version {version!r} is not one of {', '.join(_VERSIONS)}", field="version")
     gpu_model = _text(path, document, "gpu_model")
     bucketing = _mapping(path, document, "bucketing")
-    tables = {}
+    tables: dict[int, list[_Cell]] = {}
     for number, key in _TABLES:
         cells = document.get(key)
         if not isinstance(cells, list) or not cells:
@@ -110,6 +102,8 @@ def read_llm_emu(path: Path) -> LlmEmuPack:
             )
         tables[number] = [_cell(path, key, index, cell) for index, cell in enumerate(cells)]
     config = _mapping(path, document, "model_config")
+    contexts = [_contexts(path, document, key, tables[number]) for number, key in _TABLES]
+    known = [column for column in contexts if column is not None]
     return LlmEmuPack(
         source=path.name,
         version=version,
@@ -117,143 +111,25 @@ def read_llm_emu(path: Path) -> LlmEmuPack:
         model_name=str(document.get("model_name") or "unknown"),
         tokens_bucket_width=_width(path, bucketing, "tt_bucket_width", 1),
         concurrency_bucket_width=_width(path, bucketing, "conc_bucket_width", 5),
+        context_bucket_width=_width(path, bucketing, "kv_bucket_width", 4096),
         model_config=config,
         columns=_columns(path, tables),
+        context_tokens=np.concatenate(known) if len(known) == len(contexts) else None,
         reports={"decode": _report(tables[DECODE]), "prefill": _report(tables[PREFILL])},
-        left_out=tuple(key for key in _LEFT_OUT if document.get(key)),
+        left_out=tuple(
+            key
+            for key in (*(_CONTEXT_TABLES.values() if len(known) < len(contexts) else ()), *_LEFT_OUT)
+            if document.get(key)
+        ),
     )
-
-
-def write_llm_emu(
-    parsed: LlmEmuPack, options: ImportOptions, directory: Path, *, created: datetime | None = None
-) -> str:
-    """Writes `parsed` as a sampled pack into `directory`, which must not exist, and returns its digest."""
-    return write_pack(directory, _manifest(parsed, options, created or datetime.now(UTC)), samples=parsed.columns)
-
-
-def _manifest(parsed: LlmEmuPack, options: ImportOptions, created: datetime) -> Manifest:
-    config = parsed.model_config
-    gpu: Mapping[str, Any] = config["gpu"] if isinstance(config.get("gpu"), dict) else {}
-    shape = ""
-    if options.architecture and all(_optional_count(config, name) for name in _SHAPE_FIELDS):
-        shape = model_shape({**config, "architectures": [options.architecture]})
-    utilization = config.get("gpu_memory_utilization")
-    return Manifest(
-        name=options.name or Path(parsed.source).stem,
-        kind="sampled",
-        created=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        licence=options.licence,
-        model=Model(
-            id=parsed.model_name,
-            shape=shape,
-            dtype=options.dtype,
-            kv_cache_dtype=str(config.get("kv_cache_dtype") or ""),
-        ),
-        device=Device(
-            name=str(gpu.get("gpu_name") or parsed.gpu_model),
-            memory_bytes=_count("model_config.gpu", gpu, "gpu_memory_bytes", 1),
-            capability_major=_capability(gpu)[0],
-            capability_minor=_capability(gpu)[1],
-            count=_optional_count(gpu, "gpu_count") or 1,
-        ),
-        engine=Engine(
-            vllm_version=str(config["vllm_version"]) if config.get("vllm_version") else None,
-            max_model_len=_optional_count(config, "max_model_len"),
-            max_num_seqs=_optional_count(config, "max_num_seqs"),
-            max_num_batched_tokens=_optional_count(config, "max_num_batched_tokens"),
-            async_scheduling=_optional_switch(config, "async_scheduling"),
-            prefix_caching=_optional_switch(config, "enable_prefix_caching"),
-            chunked_prefill=_optional_switch(config, "enable_chunked_prefill"),
-            gpu_memory_utilization=float(utilization) if isinstance(utilization, int | float) else None,
-        ),
-        kv_cache=_kv_cache(config, gpu, options),
-        latency=Latency(
-            sampled=SampledLatency(
-                tokens_bucket_width=parsed.tokens_bucket_width,
-                concurrency_bucket_width=parsed.concurrency_bucket_width,
-                min_samples=options.min_samples,
-                table_rule="new_requests",
-            )
-        ),
-        coverage={
-            f"{table}_{name}": value
-            for table, report in parsed.reports.items()
-            for name, value in (("cells", report.cells), ("samples", report.samples), ("thin_cells", report.thin_cells))
-        },
-        provenance={
-            "source": f"LLM-Emu profile pack {parsed.version}, {parsed.source}",
-            "left_out": ", ".join(parsed.left_out) or "nothing",
-            "timing": "engine-loop wall time filed under the batch just scheduled, not device-busy time",
-            "tail": "; ".join(
-                f"{table}: {100 * report.tail_time_share:.1f} % of the time in samples above "
-                f"{_TAIL_FACTOR:g} x their cell's median"
-                for table, report in parsed.reports.items()
-            ),
-        },
-    )
-
-
-def _kv_cache(config: Mapping[str, Any], gpu: Mapping[str, Any], options: ImportOptions) -> KvCache:
-    block_size = options.block_size or _optional_count(config, "block_size")
-    if not block_size:
-        raise InvalidArgument("the file has no block_size; give --block-size", field="block_size")
-    blocks = options.kv_blocks or _optional_count(config, "num_gpu_blocks")
-    if not blocks:
-        raise InvalidArgument(
-            "the file does not say how many KV blocks the engine had, and without them a run's queueing is wrong (31 % "
-            "too many: TPOT +18 %); give --kv-blocks, vLLM logs them at its start",
-            field="kv_blocks",
-        )
-    if options.kv_blocks:
-        return KvCache(blocks=blocks, block_size=block_size, basis="assumed", source="given to the import by its user")
-    return KvCache(
-        blocks=blocks,
-        block_size=block_size,
-        bytes_per_token=_kv_bytes_per_token(config, gpu, blocks * block_size),
-        basis="measured",
-        source="model_config.num_gpu_blocks of the capture",
-    )
-
-
-def _kv_bytes_per_token(config: Mapping[str, Any], gpu: Mapping[str, Any], tokens: int) -> int:
-    """What the pool held per token, 0 where the file does not say; its unused last part makes it look a little more."""
-    available = _optional_count(gpu, "available_kv_cache_bytes")
-    if not available:
-        return 0
-    dimensions = [
-        _optional_count(config, name) or 0 for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")
-    ]
-    elements = 2 * math.prod(dimensions)
-    per_token = available // tokens
-    exact = [elements * size for size in (1, 2, 4) if abs(per_token - elements * size) <= 0.001 * elements * size]
-    return exact[0] if elements and exact else per_token
-
-
-_SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-
-
-def _capability(gpu: Mapping[str, Any]) -> tuple[int, int]:
-    value = gpu.get("gpu_compute_capability")
-    if isinstance(value, list) and len(value) == 2 and all(type(part) is int and part >= 0 for part in value):
-        return value[0], value[1]
-    return 0, 0
-
-
-def _optional_count(values: Mapping[str, Any], key: str) -> int | None:
-    return None if values.get(key) is None else _count("model_config", values, key, 1)
-
-
-def _optional_switch(values: Mapping[str, Any], key: str) -> bool | None:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise InvalidArgument(f"model_config.{key} is {value!r}; true or false is needed", field=key)
-    return value
 
 
 @dataclass(frozen=True)
 class _Cell:
     tokens: int
     concurrency: int
+    # Bucket center, of cells of a 3-D table.
+    context: int
     latency_ns: NDArray[np.int64]
 
 
@@ -298,13 +174,33 @@ def _cell(path: Path, table: str, index: int, raw: Any) -> _Cell:
                 field=table,
             )
     latency = np.floor(np.asarray(samples, dtype=np.float64) * 1000.0 + 0.5).astype(np.int64)
-    tokens, concurrency = _count(where, raw, "tt", 1), _count(where, raw, "conc", 1)
+    tokens, concurrency = whole_number(where, raw, "tt", 1), whole_number(where, raw, "conc", 1)
     if max(tokens, concurrency) >= 1 << 31:
         raise InvalidArgument(f"{where} has tt {tokens} and conc {concurrency}; both lie below 2^31", field=table)
-    return _Cell(tokens, concurrency, latency)
+    context = whole_number(where, raw, "kv", 0) if "kv" in raw else 0
+    return _Cell(tokens, concurrency, context, latency)
 
 
-def _count(where: str, raw: Mapping[str, Any], key: str, lowest: int) -> int:
+def _contexts(path: Path, document: Mapping[str, Any], key: str, cells: list[_Cell]) -> NDArray[np.int64] | None:
+    """Context tokens of the samples of a 2-D table; None without a 3-D table of just these samples."""
+    listed = document.get(_CONTEXT_TABLES[key])
+    if not isinstance(listed, list) or not listed:
+        return None
+    parts: dict[tuple[int, int], list[_Cell]] = {}
+    for index, raw in enumerate(listed):
+        part = _cell(path, _CONTEXT_TABLES[key], index, raw)
+        parts.setdefault((part.tokens, part.concurrency), []).append(part)
+    result = []
+    for cell in cells:
+        candidates = parts.get((cell.tokens, cell.concurrency), [])
+        taken = interleave(cell.latency_ns.tolist(), [part.latency_ns.tolist() for part in candidates])
+        if taken is None:
+            return None
+        result += [candidates[number].context for number in taken]
+    return np.array(result, dtype=np.int64)
+
+
+def whole_number(where: str, raw: Mapping[str, Any], key: str, lowest: int) -> int:
     value = raw.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= 1 << 53:
         raise InvalidArgument(f"{where}.{key} is {value!r}; an integer of at least {lowest} is needed", field=key)
@@ -312,7 +208,7 @@ def _count(where: str, raw: Mapping[str, Any], key: str, lowest: int) -> int:
 
 
 def _width(path: Path, bucketing: Mapping[str, Any], key: str, default: int) -> int:
-    return _count(f"{path}: bucketing", {key: bucketing.get(key, default)}, key, 1)
+    return whole_number(f"{path}: bucketing", {key: bucketing.get(key, default)}, key, 1)
 
 
 def _text(path: Path, document: Mapping[str, Any], key: str) -> str:
@@ -350,7 +246,7 @@ def _columns(path: Path, tables: Mapping[int, list[_Cell]]) -> dict[str, NDArray
 
 
 def _report(cells: list[_Cell], min_samples: int = 30) -> TableReport:
-    tails = [cell.latency_ns[cell.latency_ns > _TAIL_FACTOR * np.median(cell.latency_ns)] for cell in cells]
+    tails = [cell.latency_ns[cell.latency_ns > FAR_FACTOR * np.median(cell.latency_ns)] for cell in cells]
     total_ns = sum(int(cell.latency_ns.sum()) for cell in cells)
     return TableReport(
         cells=len(cells),

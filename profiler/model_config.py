@@ -95,6 +95,14 @@ def read_model_config(directory: Path, *, dtype: str | None = None) -> ModelConf
             "never a name on a model hub",
             field="model",
         )
+    return read_model_config_file(path, dtype=dtype)
+
+
+def read_model_config_file(path: Path, *, dtype: str | None = None) -> ModelConfig:
+    """As `read_model_config`, from a config.json of any name; the model's id is the name of its directory."""
+    if not path.is_file():
+        raise InvalidArgument(f"{path} is no file; a model's local config.json is needed", field="model")
+    directory = path.parent
     raw = _read_object(path)
     for name in _OPTIONAL_DIMENSIONS:
         if raw.get(name) is not None:

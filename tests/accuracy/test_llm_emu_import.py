@@ -9,7 +9,8 @@ import pytest
 from oracle_server.pack import open_oracle
 from oracle_server.sampling.answer import SUPPORT_EXACT
 from oracle_server.sampling.shape import StepQuery
-from profiler.llm_emu import ImportOptions, read_llm_emu, write_llm_emu
+from profiler.llm_emu import read_llm_emu
+from profiler.llm_emu_pack import ImportOptions, write_llm_emu
 from profiler.surface import read_pack
 
 pytestmark = pytest.mark.accuracy

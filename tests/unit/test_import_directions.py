@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "vllm_shim.step_shape": {"vllm_shim", WIRE},
     "profiler": {
         ERRORS, PACK, SAMPLING, "oracle_server.cli", "oracle_server.doctor", "oracle_server.vllm_install",
-        "vllm_shim.step_shape",
+        "vllm_shim.step_shape", "profiler.replay",
     },
+    # Replay runs the shim itself, in a process of its own.
+    "profiler.replay": {ERRORS, PACK, SAMPLING, WIRE, "vllm_shim", "vllm_shim.step_shape"},
 }  # fmt: skip
 ALLOWED["vllm_shim"].add("vllm_shim.step_shape")
 # Beside the standard library: grpc, and what is in the engine's process because vLLM imports it itself.

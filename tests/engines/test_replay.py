@@ -1,0 +1,202 @@
+"""Fast-forward replay with real vLLM: exact tokens, the same bytes twice, and the steps of a live engine again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import build_composed_pack, build_constant_pack
+from environments import VllmEnvironment
+from fleet import StartEngine, complete, kv_cache, replies, step_oracle
+from model_dir import write_model_dir
+from oracle_process import OracleProcess
+
+pytestmark = pytest.mark.vllm
+
+STEP_NS = 10_000_000
+RATIOS = (0.9, 0.95, 1.0, 1.1)
+
+
+class Replayer:
+    """Runs the command in one vLLM version and reads what it wrote."""
+
+    def __init__(self, vllm: VllmEnvironment, folder: Path) -> None:
+        self._venv = vllm.python.parent.parent
+        self._folder = folder
+        self._count = 0
+        write_model_dir(folder / "qwen3-tiny", "qwen3-tiny")
+        self.model = folder / "qwen3-tiny" / "config.json"
+
+    def __call__(self, pack: Path, *arguments: str, model: Path | None = None) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.bytes(pack, *arguments, model=model))
+        return document
+
+    def bytes(self, pack: Path, *arguments: str, model: Path | None = None) -> bytes:
+        self._count += 1
+        out = self._folder / f"out-{self._count}.json"
+        done = self.run(pack, *arguments, "--json", str(out), model=model)
+        assert done.returncode == 0, done.stderr
+        assert "extrapolated:" in done.stdout
+        assert "x real time" in done.stdout
+        return out.read_bytes()
+
+    def run(self, pack: Path, *arguments: str, model: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "profiler.cli", "replay", "--pack", str(pack), "--vllm", str(self._venv)]
+        command += ["--model-config", str(model or self.model), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def replay(vllm: VllmEnvironment, tmp_path_factory: pytest.TempPathFactory) -> Replayer:
+    return Replayer(vllm, tmp_path_factory.mktemp("replay"))
+
+
+def write_requests(path: Path, requests: Sequence[tuple[int, list[int], int]]) -> str:
+    """(arrival ns, prompt, output tokens) as ShareGPT-like JSONL."""
+    with path.open("w") as file:
+        for arrival_ns, prompt, output in requests:
+            row = {"input_toks": len(prompt), "output_toks": output, "arrival_time_ns": arrival_ns}
+            file.write(json.dumps({**row, "input_tok_ids": prompt}) + "\n")
+    return str(path)
+
+
+def prompt(number: int, length: int) -> list[int]:
+    """Prompts of different numbers share no block."""
+    return [(number * 131 + i * 7) % 8000 + 3 for i in range(length)]
+
+
+def crowd(count: int) -> list[tuple[int, list[int], int]]:
+    return [(i * 20_000_000, prompt(i, 60 + 37 * i), 5 + 3 * i) for i in range(count)]
+
+
+@pytest.mark.parametrize("scheduling", ["--async-scheduling", "--no-async-scheduling"])
+def test_every_request_gets_its_tokens_though_kv_blocks_run_out(
+    replay: Replayer, tmp_path: Path, scheduling: str
+) -> None:
+    build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(100), ratios=RATIOS)
+    requests = crowd(24)
+    path = write_requests(tmp_path / "requests.jsonl", requests)
+
+    document = replay(
+        tmp_path / "pack", "--requests", path, "--engine-args", f"{scheduling} --max-model-len 1500 --max-num-seqs 16"
+    )
+
+    run = document["runs"][0]
+    assert document["engine"]["num_kv_blocks"] == 100
+    assert document["engine"]["async_scheduling"] is (scheduling == "--async-scheduling")
+    assert [entry["output_tokens"] for entry in run["requests"]] == [output for _, _, output in requests]
+    assert run["preemptions"] > 0
+    for entry in run["requests"]:
+        stamps = ("arrival_ns", "queued_ns", "scheduled_ns", "first_token_ns", "last_token_ns")
+        assert sorted(entry[stamp] for stamp in stamps) == [entry[stamp] for stamp in stamps]
+
+
+def test_the_same_inputs_give_the_same_bytes_and_a_second_run_in_a_process_is_a_fresh_one(
+    replay: Replayer, tmp_path: Path
+) -> None:
+    build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(100), ratios=RATIOS)
+    path = write_requests(tmp_path / "requests.jsonl", [*crowd(12), (999_000_000, prompt(3, 171), 4)])
+    arguments = ("--requests", path, "--engine-args", "--max-model-len 1500", "--seed", "5", "--null-oracle")
+
+    first = replay.bytes(tmp_path / "pack", *arguments, "--runs", "2", "--trace", f"{tmp_path}/a/")
+    second = replay.bytes(tmp_path / "pack", *arguments, "--runs", "2", "--trace", f"{tmp_path}/b/")
+    alone = replay(tmp_path / "pack", "--requests", path, "--engine-args", "--max-model-len 1500", "--seed", "6")
+
+    assert first == second
+    for run in ("run0", "run1"):
+        assert (tmp_path / f"a/{run}-replay.trace").read_bytes() == (tmp_path / f"b/{run}-replay.trace").read_bytes()
+    both = json.loads(first)["runs"]
+    assert both[0]["metrics_ms"] != both[1]["metrics_ms"]
+    assert both[1] == alone["runs"][0]
+
+
+def test_times_are_those_of_the_device_and_a_known_prompt_is_found_in_the_cache(
+    replay: Replayer, tmp_path: Path
+) -> None:
+    """Alone in an engine a request of n tokens takes n steps; 165 known tokens are 10 full blocks of 16."""
+    build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
+    same = prompt(1, 165)
+    path = write_requests(tmp_path / "requests.jsonl", [(0, same, 8), (1_000_000_000, same, 8)])
+
+    run = replay(tmp_path / "pack", "--requests", path, "--engine-args", "--max-model-len 1024")["runs"][0]
+
+    for entry, arrival_ns in zip(run["requests"], (0, 1_000_000_000), strict=True):
+        assert entry["queued_ns"] == entry["scheduled_ns"] == entry["arrival_ns"] == arrival_ns
+        assert entry["first_token_ns"] == arrival_ns + STEP_NS
+        assert entry["last_token_ns"] == arrival_ns + 8 * STEP_NS
+    assert [entry["prefix_hit_tokens"] for entry in run["requests"]] == [0, 160]
+    assert run["extrapolated"] == {"steps_percent": 0.0, "device_time_percent": 0.0}
+
+
+def test_a_closed_loop_keeps_its_users_busy_behind_a_router(replay: Replayer, tmp_path: Path) -> None:
+    build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
+    loop = ("--users", "4", "--loop-requests", "12", "--prompt-tokens", "100", "--output-tokens", "10")
+
+    document = replay(
+        tmp_path / "pack", *loop, "--engines", "2", "--router", "least_requests", "--engine-args", "--max-model-len 512"
+    )
+
+    requests = document["runs"][0]["requests"]
+    assert sorted(entry["engine"] for entry in requests) == [0] * 6 + [1] * 6
+    for entry in requests:
+        overlapping = [
+            other for other in requests if other["arrival_ns"] <= entry["arrival_ns"] < other["last_token_ns"]
+        ]
+        assert len(overlapping) <= 4
+    ends = sorted(entry["last_token_ns"] for entry in requests)
+    assert sorted(entry["arrival_ns"] for entry in requests)[4:] == ends[:8]
+
+
+def test_a_refusal_names_what_to_change(replay: Replayer, tmp_path: Path) -> None:
+    build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
+    path = write_requests(tmp_path / "requests.jsonl", [(0, prompt(0, 50), 4)])
+
+    done = replay.run(tmp_path / "pack", "--requests", path, "--engine-args", "--max-model-len 1024 --no-such-thing")
+
+    assert done.returncode == 1
+    assert "vLLM does not take these --engine-args: --max-model-len 1024 --no-such-thing" in done.stderr
+
+
+def test_a_live_engine_s_recorded_admissions_give_its_steps_again(
+    replay: Replayer, oracle: OracleProcess, start_engine: StartEngine, model: Path, tmp_path: Path
+) -> None:
+    """Compared: the shape of every step (chunks, contexts, requests by key, decode sums) and its latency.
+
+    The live engine is in wall time, so its requests arrive when they arrive; the trace holds the step that first had
+    each of them, and the replay admits it right before that step. Nothing else is taken from the trace.
+    """
+    build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(520), ratios=RATIOS)
+    step_oracle("pack", "upload", str(tmp_path / "pack"), "--target", oracle.target)
+    listed = json.loads(step_oracle("pack", "list", "--json", "--target", oracle.target))
+    digest = (listed["packs"] if isinstance(listed, dict) else listed)[0]["digest"]
+    step_oracle("experiment", "create", "default", "--pack", digest, "--target", oracle.target)
+    (tmp_path / "live").mkdir()
+    limits = ("--max-num-seqs", "12", "--max-num-batched-tokens", "256")
+    engine = start_engine(oracle.target, *limits, STEP_ORACLE_TRACE=f"{tmp_path}/live/")
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda i: complete(engine, prompt(i, 40 + 40 * i), max_tokens=20 + 20 * i), range(20)))
+    engine.stop()
+    live = replies(tmp_path / "live")
+    (trace,) = (tmp_path / "live").glob("*.trace")
+
+    arguments = " ".join(("--max-model-len", "8192", *limits))
+    document = replay(
+        tmp_path / "pack",
+        *("--requests", str(trace), "--engine-args", arguments, "--trace", f"{tmp_path}/replayed/"),
+        model=model,
+    )
+
+    replayed = replies(tmp_path / "replayed")
+    assert len(live) > 150
+    assert document["runs"][0]["preemptions"] > 0
+    assert [(step.request.step_index, step.request.shape) for step in replayed] == [
+        (step.request.step_index, step.request.shape) for step in live
+    ]
+    assert [step.reply.latency_ns for step in replayed] == [step.reply.latency_ns for step in live]
