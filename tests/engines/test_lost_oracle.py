@@ -60,9 +60,9 @@ def test_engines_that_reconnect_within_the_budget_finish_everything(
     steps = replies(tmp_path / "traces")
     indices = [step.request.step_index for step in steps]
     assert indices == sorted(set(indices))
-    late = [step for step in steps if step.answer_ns > step.deadline_ns]
-    # The outage is longer than a step, so the steps that were pending came late, and only those.
-    assert 1 <= len(late) <= 6
+    late = [step for step in steps if step.answer_ns > step.deadline_ns + 300_000_000]
+    # Each outage lasts 0.7 s and more: the one or two steps that were pending came late by it, and only those.
+    assert 2 <= len(late) <= 4
     traces = [str(path) for path in (tmp_path / "traces").glob("*.trace")]
     assert " 0 different, 0 skipped" in step_oracle("recompute", *traces, "--state-dir", str(oracle.state_dir))
 
