@@ -36,8 +36,8 @@ $(SETUP):
 demo: setup ## Two engines on GPUs that are not there, swapped under load; ARGS="--json FILE", ARGS=--help for more
 	PYTHONPATH=tests $(RUN) -m deploy.demo.demo $(ARGS)
 
-test: setup ## Run every test; the first run builds vLLM environments in the cache (minutes)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+test: setup ## Run every test but the nightly replays; the first run builds vLLM environments in the cache (minutes)
+	$(RUN) -m pytest -m "not nightly" $(PYTEST_ARGS)
 
 test-fast: setup ## Run the tests that start no vLLM, replay no runs and take seconds
 	$(RUN) -m pytest -m "not vllm and not accuracy and not slow" $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ import pytest
 from gates import Gates
 from replays import replay, step_oracle
 
-pytestmark = [pytest.mark.accuracy, pytest.mark.slow]
+pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 pytest.importorskip("aiconfigurator_core", reason="the `synthesize` extra is not installed")
 
 

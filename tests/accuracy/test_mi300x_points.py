@@ -17,7 +17,7 @@ from gates import Gates
 from model_dir import write_model_dir
 from replays import replay, step_oracle
 
-pytestmark = [pytest.mark.accuracy, pytest.mark.slow]
+pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 
 GATE = "MI300X pack, published points"
 

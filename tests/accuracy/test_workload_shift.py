@@ -24,7 +24,7 @@ from gates import Gates
 from oracle_server.pack import KvCache
 from replays import replay, step_oracle
 
-pytestmark = [pytest.mark.accuracy, pytest.mark.slow]
+pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 
 GATE = "workload shift, hybrid pack"
 KV_BLOCKS = 35_000
