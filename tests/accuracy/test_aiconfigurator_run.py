@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fleet import step_oracle
 from gates import Gates
-from replays import replay, step_oracle
+from replays import replay
 
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 pytest.importorskip("aiconfigurator_core", reason="the `synthesize` extra is not installed")

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fleet import step_oracle
 from gates import Gates
 from model_dir import write_model_dir
-from replays import replay, step_oracle
+from replays import replay
 
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 

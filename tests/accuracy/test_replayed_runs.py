@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from environments import vllm_environment
+from fleet import step_oracle
 from gates import Gates
 
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow]
@@ -26,13 +25,6 @@ RUNS = {
 STATISTICS = {"mean": 2.0, "p50": None, "p90": 3.0, "p99": 3.0}
 # Of LLMServingSim on the same runs (its own summaries): mean errors of TTFT, TPOT, E2E.
 PUBLISHED = {"RTX 4090": (0.6, 0.2, 0.5), "RTX PRO 6000": (-4.0, -1.0, -1.8)}
-
-
-def step_oracle(*arguments: str) -> str:
-    command = [sys.executable, "-m", "profiler.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def replayed(data_folder: Path, folder: Path, run: str, blocks: tuple[str, ...], *more: str) -> tuple[Any, str]:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from builders import build_sampled_pack, sample_columns
-from fleet import replies
+from fleet import replies, step_oracle
 from gates import Gates
 from oracle_server.pack import KvCache
-from replays import replay, step_oracle
+from replays import replay
 
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 
