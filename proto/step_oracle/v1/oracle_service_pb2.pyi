@@ -190,19 +190,21 @@ class StreamStepsRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[StreamOpen, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[_step_pb2.StepRequest, _Mapping]]] = ..., min_generation: _Optional[int] = ..., counts: _Optional[_Union[ShimCounts, _Mapping]] = ...) -> None: ...
 
 class StreamOpen(_message.Message):
-    __slots__ = ("engine", "config", "incarnation", "allow_mismatch")
+    __slots__ = ("engine", "config", "incarnation", "allow_mismatch", "leases")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ALLOW_MISMATCH_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
     engine: EngineIdentity
     config: EngineConfig
     incarnation: int
     allow_mismatch: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engine: _Optional[_Union[EngineIdentity, _Mapping]] = ..., config: _Optional[_Union[EngineConfig, _Mapping]] = ..., incarnation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ...) -> None: ...
+    leases: bool
+    def __init__(self, engine: _Optional[_Union[EngineIdentity, _Mapping]] = ..., config: _Optional[_Union[EngineConfig, _Mapping]] = ..., incarnation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ..., leases: bool = ...) -> None: ...
 
 class ShimCounts(_message.Message):
-    __slots__ = ("steps", "leased_steps", "last_leased_step_index", "late_answers", "late_answer_ns", "lateness_buckets", "lateness_sum_ns", "reconnects")
+    __slots__ = ("steps", "leased_steps", "last_leased_step_index", "late_answers", "late_answer_ns", "lateness_buckets", "lateness_sum_ns", "reconnects", "leased_steps_by_support")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LEASED_STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_LEASED_STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +213,7 @@ class ShimCounts(_message.Message):
     LATENESS_BUCKETS_FIELD_NUMBER: _ClassVar[int]
     LATENESS_SUM_NS_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
+    LEASED_STEPS_BY_SUPPORT_FIELD_NUMBER: _ClassVar[int]
     steps: int
     leased_steps: int
     last_leased_step_index: int
@@ -219,7 +222,8 @@ class ShimCounts(_message.Message):
     lateness_buckets: _containers.RepeatedScalarFieldContainer[int]
     lateness_sum_ns: int
     reconnects: int
-    def __init__(self, steps: _Optional[int] = ..., leased_steps: _Optional[int] = ..., last_leased_step_index: _Optional[int] = ..., late_answers: _Optional[int] = ..., late_answer_ns: _Optional[int] = ..., lateness_buckets: _Optional[_Iterable[int]] = ..., lateness_sum_ns: _Optional[int] = ..., reconnects: _Optional[int] = ...) -> None: ...
+    leased_steps_by_support: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, steps: _Optional[int] = ..., leased_steps: _Optional[int] = ..., last_leased_step_index: _Optional[int] = ..., late_answers: _Optional[int] = ..., late_answer_ns: _Optional[int] = ..., lateness_buckets: _Optional[_Iterable[int]] = ..., lateness_sum_ns: _Optional[int] = ..., reconnects: _Optional[int] = ..., leased_steps_by_support: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StreamStepsResponse(_message.Message):
     __slots__ = ("opened", "replies", "new_generation")

@@ -146,7 +146,7 @@ class StepReply(_message.Message):
     def __init__(self, step_index: _Optional[int] = ..., latency_ns: _Optional[_Iterable[int]] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[_Iterable[int]] = ..., target_output_tokens: _Optional[_Iterable[_Union[TargetOutputTokens, _Mapping]]] = ..., generation: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., support_distance: _Optional[float] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("num_decode_requests", "context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token", "residual_pool", "generation", "lease_id", "prep_ns", "copy_ns", "support", "knowledge")
+    __slots__ = ("num_decode_requests", "context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token", "residual_pool", "generation", "lease_id", "prep_ns", "copy_ns", "support", "knowledge", "draw_key", "support_distance", "not_after_prefill", "pool_id", "latency_pool_ns")
     NUM_DECODE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_BEGIN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_END_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,11 @@ class Lease(_message.Message):
     COPY_NS_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_FIELD_NUMBER: _ClassVar[int]
     KNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    DRAW_KEY_FIELD_NUMBER: _ClassVar[int]
+    SUPPORT_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_POOL_NS_FIELD_NUMBER: _ClassVar[int]
     num_decode_requests: int
     context_tokens_begin: int
     context_tokens_end: int
@@ -177,4 +182,9 @@ class Lease(_message.Message):
     copy_ns: int
     support: Support
     knowledge: Knowledge
-    def __init__(self, num_decode_requests: _Optional[int] = ..., context_tokens_begin: _Optional[int] = ..., context_tokens_end: _Optional[int] = ..., max_context_tokens_begin: _Optional[int] = ..., max_context_tokens_end: _Optional[int] = ..., intercept_ns: _Optional[float] = ..., slope_ns_per_context_token: _Optional[float] = ..., slope_ns_per_max_context_token: _Optional[float] = ..., residual_pool: _Optional[_Iterable[float]] = ..., generation: _Optional[int] = ..., lease_id: _Optional[int] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ...) -> None: ...
+    draw_key: int
+    support_distance: float
+    not_after_prefill: bool
+    pool_id: int
+    latency_pool_ns: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_decode_requests: _Optional[int] = ..., context_tokens_begin: _Optional[int] = ..., context_tokens_end: _Optional[int] = ..., max_context_tokens_begin: _Optional[int] = ..., max_context_tokens_end: _Optional[int] = ..., intercept_ns: _Optional[float] = ..., slope_ns_per_context_token: _Optional[float] = ..., slope_ns_per_max_context_token: _Optional[float] = ..., residual_pool: _Optional[_Iterable[float]] = ..., generation: _Optional[int] = ..., lease_id: _Optional[int] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., draw_key: _Optional[int] = ..., support_distance: _Optional[float] = ..., not_after_prefill: bool = ..., pool_id: _Optional[int] = ..., latency_pool_ns: _Optional[_Iterable[int]] = ...) -> None: ...
