@@ -34,6 +34,10 @@ _LISTEN = "STEP_ORACLE_LISTEN"
 _METRICS = "STEP_ORACLE_METRICS"
 _STATE_DIR = "STEP_ORACLE_STATE_DIR"
 _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
+_LEASES = "STEP_ORACLE_LEASES"
+_SHARDS = "STEP_ORACLE_SHARDS"
+
+MAX_SHARDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,16 @@ class ServerConfig:
     | metrics | 127.0.0.1:8471 | HOST:PORT on loopback for Prometheus; "off": none |
     | state_dir | $XDG_STATE_HOME/step-oracle | folder of the database and the packs |
     | drain_seconds | 5 | how long calls in flight may take after SIGTERM, in seconds |
+    | leases | 1 | 0: grant no leases, every step is asked for |
+    | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
     """
 
     listen: tuple[str, ...]
     metrics: str
     state_dir: Path
     drain_seconds: float
+    leases: bool = True
+    shards: int = 1
 
 
 def read_config(
@@ -60,6 +68,8 @@ def read_config(
     listen: Sequence[str] = (),
     metrics: str | None = None,
     state_dir: Path | None = None,
+    leases: bool = True,
+    shards: int | None = None,
 ) -> ServerConfig:
     """The configuration from flags and environment; InvalidArgument names what is wrong."""
     _refuse_unknown(environ)
@@ -80,8 +90,24 @@ def read_config(
         drain_seconds = -1.0
     if not 0 <= drain_seconds <= 9:
         raise InvalidArgument(f"{_DRAIN_SECONDS} is {text!r}; allowed: 0 to 9 seconds", field="drain_seconds")
+    granted = environ.get(_LEASES) or "1"
+    if granted not in ("0", "1"):
+        raise InvalidArgument(f"{_LEASES} is {granted!r}; allowed: 0 and 1", field="leases")
     folder = state_dir or Path(environ.get(_STATE_DIR) or _default_state_dir(environ))
-    return ServerConfig(addresses, metrics_address, folder.expanduser(), drain_seconds)
+    return ServerConfig(
+        addresses,
+        metrics_address,
+        folder.expanduser(),
+        drain_seconds,
+        leases and granted == "1",
+        _read_shards(environ.get(_SHARDS) or "1") if shards is None else _read_shards(str(shards)),
+    )
+
+
+def _read_shards(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_SHARDS:
+        raise InvalidArgument(f"shards is {text!r}; allowed: 1 (this process alone) to {MAX_SHARDS}", field="shards")
+    return int(text)
 
 
 def check_address(address: str) -> None:
@@ -110,7 +136,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, *_OF_OTHERS}
+    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

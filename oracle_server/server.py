@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.registry import Collector
 
 from oracle_server.config import ServerConfig
 from oracle_server.errors import OracleError, StoreFailed
@@ -46,7 +47,6 @@ SERVICES = (
 # Shims ping each 30 s; the server tolerates one per 10 s, with or without a call (grpc's default is one per 300 s, and
 # a GOAWAY for whoever pings more often).
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -57,6 +57,10 @@ _OPTIONS = (
 
 def serve(config: ServerConfig) -> int:
     """Run until SIGTERM or SIGINT; the exit status. StoreFailed and InvalidArgument where it cannot start."""
+    if config.shards > 1:
+        from oracle_server.shards.parent import serve_sharded
+
+        return uvloop.run(serve_sharded(config))
     return uvloop.run(_serve(config))
 
 
@@ -64,12 +68,13 @@ async def _serve(config: ServerConfig) -> int:
     metrics = Metrics()
     events, log_writer = configure(metrics.count_dropped_line)
     node = Node(config.state_dir)
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=options())
     health = HealthServicer()
-    _add_services(server, node, metrics, events, health)
+    add_services(server, node, metrics, events, leases=config.leases)
+    add_health(server, health)
     try:
-        addresses = _bind(server, config.listen)
-        metrics_server = _serve_metrics(config, metrics, node)
+        addresses = bind(server, config.listen)
+        metrics_server = serve_metrics(config, MetricsCollector(metrics, node.experiments))
     except OracleError:
         await node.close()
         raise
@@ -92,7 +97,7 @@ async def _serve(config: ServerConfig) -> int:
     gc.freeze()
     for service in ("", *SERVICES):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
-    metrics_address = "off" if metrics_server is None else _address_of(metrics_server[0])
+    metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])
     events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled))
     print(
         f"step-oracle: ready at {', '.join(addresses)}; metrics {metrics_address}; state {config.state_dir}", flush=True
@@ -111,18 +116,29 @@ async def _serve(config: ServerConfig) -> int:
     return 0
 
 
-def _add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: Any, health: HealthServicer) -> None:
-    oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(OracleService(node, metrics, events), server)
+def options(*, shared_port: bool = False) -> tuple[tuple[str, int], ...]:
+    """Options of a server; `shared_port`: other processes listen at the same TCP address."""
+    return (("grpc.so_reuseport", int(shared_port)), *_OPTIONS)
+
+
+def add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: Any, *, leases: bool) -> None:
+    """The four services of step_oracle.v1."""
+    oracle = OracleService(node, metrics, events, leases=leases)
+    oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, server)
     pack_pb2_grpc.add_ProfilePackServiceServicer_to_server(ProfilePackService(node, metrics, events), server)
     experiment_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(node, metrics, events), server)
     tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantService(node, metrics), server)
+
+
+def add_health(server: grpc.aio.Server, health: HealthServicer) -> None:
+    """Health and reflection."""
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
         (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
     )
 
 
-def _bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
+def bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
     """Bind every address; the addresses with their real ports."""
     bound = []
     for address in listen:
@@ -136,11 +152,12 @@ def _bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
     return bound
 
 
-def _serve_metrics(config: ServerConfig, metrics: Metrics, node: Node) -> tuple[Any, Any] | None:
+def serve_metrics(config: ServerConfig, collector: Collector) -> tuple[Any, Any] | None:
+    """(server, thread) of the metrics endpoint; None where it is off. StoreFailed."""
     if config.metrics == "off":
         return None
     registry = CollectorRegistry()
-    registry.register(MetricsCollector(metrics, node.experiments))
+    registry.register(collector)
     host, _, port = config.metrics.rpartition(":")
     try:
         return start_http_server(int(port), addr=host.strip("[]"), registry=registry)
@@ -150,6 +167,7 @@ def _serve_metrics(config: ServerConfig, metrics: Metrics, node: Node) -> tuple[
         ) from error
 
 
-def _address_of(http_server: Any) -> str:
+def address_of(http_server: Any) -> str:
+    """Its URL."""
     host, port = http_server.server_address[:2]
     return f"http://{host}:{port}/metrics"

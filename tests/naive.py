@@ -195,6 +195,7 @@ def composed_answer(
     if not chunks:
         tokens = next((size for size in options.get("graph_capture_sizes", ()) if size >= tokens), tokens)
     base = part("dense_gemm", tokens) + part("dense_elementwise", tokens) + part("all_reduce", tokens)
+    base += part("moe", tokens) + part("expert_exchange", tokens)
     base += part("logits", query.num_decode_tokens + len(chunks)) + part(
         "sampler", query.num_decode_tokens + len(chunks)
     )

@@ -35,6 +35,7 @@ class OracleProcess:
         *,
         listen: Sequence[str] = ("127.0.0.1:0",),
         metrics: str = "off",
+        arguments: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
     ) -> None:
         self.state_dir = state_dir
@@ -42,6 +43,8 @@ class OracleProcess:
         self.stderr_path = state_dir.parent / f"{state_dir.name}.stderr"
         self.metrics_url = ""
         self._listen = tuple(listen)
+        self._targets = self._listen
+        self._arguments = tuple(arguments)
         self._metrics = metrics
         self._extra_env = dict(extra_env or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,12 +60,12 @@ class OracleProcess:
     @property
     def target(self) -> str:
         """Its first address, for a channel."""
-        return self._listen[0]
+        return self._targets[0]
 
     @property
     def targets(self) -> tuple[str, ...]:
         """All its addresses."""
-        return self._listen
+        return self._targets
 
     @property
     def pid(self) -> int:
@@ -82,7 +85,7 @@ class OracleProcess:
         """Start it and wait until its health is SERVING; the first start ever compiles kernels."""
         assert self._process is None or self._process.poll() is not None, "it runs already"
         command = [sys.executable, "-m", "profiler.cli"] if not _command() else [_command()]
-        command += ["serve", "--state-dir", str(self.state_dir), "--metrics", self._metrics]
+        command += ["serve", "--state-dir", str(self.state_dir), "--metrics", self._metrics, *self._arguments]
         for address in self._listen:
             command += ["--listen", address]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("STEP_ORACLE_")}
@@ -109,7 +112,9 @@ class OracleProcess:
                 raise OracleFailed(f"the server ended with {self._running.returncode}: {self.log[-3000:]}")
             ready = _READY.search(self.stdout_path.read_text())
             if ready:
-                self._listen = tuple(ready["addresses"].split(", "))
+                self._targets = tuple(ready["addresses"].split(", "))
+                sockets = [address for address in self._listen if address.startswith("unix:")]
+                self._listen = (*(a for a in self._targets if not a.startswith("unix:")), *sockets)
                 self.metrics_url = ready["metrics"]
                 if self.is_serving():
                     return

@@ -17,7 +17,9 @@ _EXPERIMENT = re.compile(r"tenants/[a-z0-9][a-z0-9-]{0,62}/experiments/[a-z0-9][
 # Set by the shim itself, or owned by the oracle server, the tests and the development tools.
 _PASSED_THROUGH = {
     f"STEP_ORACLE_{name}"
-    for name in "DEVICE DATA_PARALLEL_SIZE LAST_WORDS LISTEN METRICS STATE_DIR DRAIN_SECONDS DATA CACHE".split()
+    for name in (
+        "DEVICE DATA_PARALLEL_SIZE LAST_WORDS LISTEN METRICS STATE_DIR DRAIN_SECONDS SHARDS DATA CACHE CAPTURE"
+    ).split()
 }
 
 
@@ -36,6 +38,7 @@ class ShimConfig:
     | on_lost | fail | fail: error and exit after the budget; hold: wait without limit |
     | wait | hybrid | hybrid: sleep to 0.2 ms before the deadline, then spin; sleep; spin |
     | trace | none | path prefix of the step trace; "<engine id>.trace" is appended |
+    | leases | 1 | 0: every step is asked for, none is answered from a lease |
     | allow_mismatch | none | cold fields that may differ from the pack, comma separated |
     """
 
@@ -48,6 +51,7 @@ class ShimConfig:
     on_lost: str
     wait: str
     trace: str
+    leases: bool
     allow_mismatch: tuple[str, ...]
 
     @staticmethod
@@ -81,6 +85,7 @@ class ShimConfig:
             on_lost=_one_of("ON_LOST", read("ON_LOST", "fail"), LOST_POLICIES),
             wait=_one_of("WAIT", read("WAIT", "hybrid"), WAIT_MODES),
             trace=read("TRACE"),
+            leases=_one_of("LEASES", read("LEASES", "1"), ("0", "1")) == "1",
             allow_mismatch=tuple(name for name in read("ALLOW_MISMATCH").split(",") if name),
         )
 

@@ -21,7 +21,7 @@ from vllm_shim.errors import OracleLost
 from vllm_shim.exit_status import report_loss
 from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
 from vllm_shim.output import OutputBuilder
-from vllm_shim.step_shape import ScheduledStep, StepReader
+from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
 from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channel
 from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
 from vllm_shim.tokens import TokenSource
@@ -36,6 +36,7 @@ logger = init_logger("vllm.step_oracle")
 # Measured: with CPython's default of 5 ms the answer becomes visible only after the engine thread blocks.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 _PR_SET_TIMERSLACK = 29
+_RESOLVED = resolved(None)
 # Worker calls vLLM makes by itself that mean nothing without a worker; any other is logged once.
 _CALLS_WITHOUT_EFFECT = (
     *("compile_or_warm_up_model", "set_kv_cache_layout", "update_max_model_len", "initialize_cache"),
@@ -91,7 +92,7 @@ class StepOracleExecutor(Executor):
         self._step_index = -1
         # Device-busy time of the resolved steps.
         self._device_time_ns = 0
-        self._last_sampled: ScheduledStep | None = None
+        self._last_sampled: ScheduledStep | DecodeStep | None = None
 
     # What replay does otherwise: its clock is virtual and its oracle in the same process.
 
@@ -188,6 +189,8 @@ class StepOracleExecutor(Executor):
             config=self._engine_config,
             incarnation=self._attachment.incarnation,
             allow_mismatch=self._config.allow_mismatch,
+            # Drafts come with almost every step of a speculating engine, and no lease holds for them.
+            leases=self._config.leases and not self._num_drafts,
         )
         self._stream = self._open_stream(opening)
         if self._config.trace:
@@ -225,7 +228,7 @@ class StepOracleExecutor(Executor):
     # Data plane.
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
-        """Sends the step to the oracle and returns a resolved None.
+        """Takes the step's answer from a lease or asks the oracle; returns a resolved None.
 
         The Future of the step is the one of sample_tokens.
         """
@@ -234,11 +237,17 @@ class StepOracleExecutor(Executor):
         step = self._reader.read(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
-        request = step_pb2.StepRequest(
-            step_index=self._step_index, shape=step.shape, device_time_ns=self._device_time_ns
-        )
-        self._dispatched = _Step(step, StepTimes(dispatch_ns), self._stream.submit(request))
-        return resolved(None) if non_block else None
+        if isinstance(step, DecodeStep) and self._config.leases:
+            pending = self._stream.submit_decode(self._step_index, step, partial(self._request, step))
+            if self._trace is not None:
+                pending.request = pending.request or self._request(step)
+        else:
+            pending = self._stream.submit(self._request(step))
+        self._dispatched = _Step(step, StepTimes(dispatch_ns), pending)
+        return _RESOLVED if non_block else None
+
+    def _request(self, step: ScheduledStep | DecodeStep) -> step_pb2.StepRequest:
+        return step_pb2.StepRequest(step_index=self._step_index, shape=step.shape, device_time_ns=self._device_time_ns)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """The Future of the step handed over last."""
@@ -272,17 +281,21 @@ class StepOracleExecutor(Executor):
         self._device_time_ns += reply.latency_ns[0]
         self._clock.wait_until(times.deadline_ns)
         resolved_ns = self._clock.now_ns()
-        self._stream.count_step(resolved_ns - times.deadline_ns, step.pending.answer_ns - times.deadline_ns)
+        pending = step.pending
+        lateness_ns, late_answer_ns = resolved_ns - times.deadline_ns, pending.answer_ns - times.deadline_ns
+        self._stream.count_step(lateness_ns, late_answer_ns, reply if pending.lease else None)
         if self._trace is not None:
-            self._trace.write(
-                trace_pb2.TraceStep(
-                    request=step.pending.request,
-                    reply=reply,
-                    answer_ns=step.pending.answer_ns,
-                    resolved_ns=resolved_ns,
-                    **{name: getattr(times, name) for name in StepTimes.__slots__},
-                )
+            record = trace_pb2.TraceStep(
+                request=pending.request,
+                reply=reply,
+                answer_ns=pending.answer_ns,
+                resolved_ns=resolved_ns,
+                leased=pending.lease is not None,
+                **{name: getattr(times, name) for name in StepTimes.__slots__},
             )
+            # Says how later steps may be answered, not how this one was.
+            record.reply.ClearField("lease")
+            self._trace.write(record)
         return self._output.build(step.scheduled, reply, legal)
 
     def _settle(self, step: _Step) -> None:
@@ -322,7 +335,7 @@ class StepOracleExecutor(Executor):
 class _Step(NamedTuple):
     """One step between dispatch and result."""
 
-    scheduled: ScheduledStep
+    scheduled: ScheduledStep | DecodeStep
     times: StepTimes
     pending: PendingStep
 

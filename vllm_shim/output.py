@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from operator import eq
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
+
+from vllm_shim.step_shape import DecodeStep
+from vllm_shim.tokens import SEQUENCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +30,14 @@ class OutputBuilder:
     def __init__(self, tokens: TokenSource, *, speculative: bool) -> None:
         self._tokens = tokens
         self._speculative = speculative
+        # What is worked out once for the requests that decode: places, fillers, numbers of their last tokens.
+        self._columns: Any = None
+        self._columns_of: list[RequestState] | None = None
 
-    def build(self, step: ScheduledStep, reply: pb.StepReply, legal: dict[str, int]) -> ModelRunnerOutput:
+    def build(self, step: ScheduledStep | DecodeStep, reply: pb.StepReply, legal: dict[str, int]) -> ModelRunnerOutput:
         """The output vLLM's scheduler reads; `legal` holds the grammar's choice per request id."""
+        if isinstance(step, DecodeStep) and not (legal or self._speculative) and (output := self._build_plain(step)):
+            return output
         for state, target in zip(step.new_requests, reply.target_output_tokens, strict=True):
             state.target_output_tokens = target.output_tokens
         accepted = iter(reply.accepted_draft_tokens)
@@ -66,12 +75,27 @@ class OutputBuilder:
             prompt_logprobs_dict=self._prompt_logprobs(step),
         )
 
+    def _build_plain(self, step: DecodeStep) -> ModelRunnerOutput | None:
+        """The same for decode requests that want tokens and nothing else; None where one wants more."""
+        states, indices = step.states, step.output_indices
+        if states is not self._columns_of:
+            plain = all(_asked(state.sampling, self._tokens.vocab_size) < 0 for state in states)
+            fillers = [(self._tokens.fillers(state), state.filler_offset) for state in states]
+            index_of = {state.request_id: i for i, state in enumerate(states)}
+            self._columns_of = states
+            self._columns = plain and (index_of, fillers, [_last_index(state) for state in states])
+        if not self._columns:
+            return None
+        index_of, fillers, last = self._columns
+        sampled = [[all_[(offset + i) % SEQUENCE]] for (all_, offset), i in zip(fillers, indices, strict=True)]
+        if any(map(eq, last, indices)):
+            sampled = [[self._token(state, i)] for state, i in zip(states, indices, strict=True)]
+        return ModelRunnerOutput(step.request_ids, index_of, sampled)
+
     def _token(self, state: RequestState, index: int) -> int:
         """EOS at the request's target length, never before min_tokens; else a filler."""
-        sampling = state.sampling
-        target = state.target_output_tokens
-        if target and index + 1 == max(target, sampling.min_tokens) and sampling.eos_token_id is not None:
-            return int(sampling.eos_token_id)
+        if index == _last_index(state):
+            return int(state.sampling.eos_token_id)
         return self._tokens.filler(state, index)
 
     def _accepted(self, state: RequestState, index: int, drafts: list[int], num_accepted: int) -> list[int]:
@@ -87,7 +111,7 @@ class OutputBuilder:
                 break
         return generated
 
-    def _prompt_logprobs(self, step: ScheduledStep) -> dict[str, LogprobsTensors | None]:
+    def _prompt_logprobs(self, step: ScheduledStep | DecodeStep) -> dict[str, LogprobsTensors | None]:
         found: dict[str, LogprobsTensors | None] = {}
         for request in step.requests:
             width = request.state.sampling.prompt_logprobs
@@ -133,6 +157,12 @@ class OutputBuilder:
         rest = np.log(1 - np.exp(_SAMPLED_LOGPROB))
         logprobs = np.concatenate(([_SAMPLED_LOGPROB], rest - np.log(2.0) * np.minimum(np.arange(1, width + 1), 64)))
         return ids, logprobs.astype(np.float32)
+
+
+def _last_index(state: RequestState) -> int:
+    """Number of the output token that is EOS; -1: none."""
+    target, sampling = state.target_output_tokens, state.sampling
+    return max(target, sampling.min_tokens) - 1 if target and sampling.eos_token_id is not None else -1
 
 
 def _asked(sampling: SamplingParams, vocab_size: int) -> int:

@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 from step_oracle.v1 import step_pb2 as pb
@@ -42,7 +43,7 @@ class RequestState:
     # Token number at which EOS is emitted; 0: never. Set when the first reply arrives.
     target_output_tokens: int = 0
     # What TokenSource and OutputBuilder work out once per request.
-    fillers: tuple[tuple[int, ...], ...] = ()
+    fillers: Any = None
     filler_offset: int = 0
     num_logprobs: int | None = None
     # Tokens handed to the scheduler; only speculation reads it, since its placeholders blur the scheduler's own count.
@@ -69,6 +70,38 @@ class ScheduledStep:
     new_requests: list[RequestState] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class DecodeStep:
+    """A step of decode requests alone, one token each; made without a look at every request."""
+
+    request_ids: list[str]
+    # The same list as long as the same requests decode.
+    states: list[RequestState]
+    # As ScheduledRequest.output_index.
+    output_indices: list[int]
+    num_requests: int
+    context_tokens: int
+    max_context_tokens: int
+    previous_prefill_tokens: int
+    new_requests: tuple[RequestState, ...] = ()
+
+    @property
+    def shape(self) -> pb.StepShape:
+        return pb.StepShape(
+            num_decode_requests=self.num_requests,
+            num_decode_tokens=self.num_requests,
+            decode_context_tokens=self.context_tokens,
+            max_decode_context_tokens=self.max_context_tokens,
+            concurrency=self.num_requests,
+            previous_prefill_tokens=self.previous_prefill_tokens,
+            num_loras=len({state.lora for state in self.states} - {""}),
+        )
+
+    @property
+    def requests(self) -> list[ScheduledRequest]:
+        return [ScheduledRequest(*pair) for pair in zip(self.states, self.output_indices, strict=True)]
+
+
 class StepReader:
     """Follows one scheduler; `read` must see every SchedulerOutput, in order. Owned by the engine thread."""
 
@@ -77,11 +110,18 @@ class StepReader:
         self._previous_prefill_tokens = 0
         self._prompt_occurrences: OrderedDict[str, int] = OrderedDict()
         self._loras_seen = False
+        # Who decoded last; computed less output tokens of each, where only its next token is left to compute.
+        self._decoding: tuple[list[str], list[RequestState], list[int]] = ([], [], [])
 
-    def read(self, scheduler_output: SchedulerOutput) -> ScheduledStep:
+    def read(self, scheduler_output: SchedulerOutput) -> ScheduledStep | DecodeStep:
         """The shape of the step and the requests in it; total_num_scheduled_tokens 0 gives an empty step."""
-        for request_id in scheduler_output.finished_req_ids:
-            self._requests.pop(request_id, None)
+        if scheduler_output.finished_req_ids:
+            self._decoding = ([], [], [])
+            for request_id in scheduler_output.finished_req_ids:
+                self._requests.pop(request_id, None)
+        if decode := self._read_decode(scheduler_output):
+            self._previous_prefill_tokens = 0
+            return decode
         shape = pb.StepShape(
             concurrency=len(scheduler_output.num_scheduled_tokens),
             previous_prefill_tokens=self._previous_prefill_tokens,
@@ -100,6 +140,25 @@ class StepReader:
             shape.num_loras = len({request.state.lora for request in step.requests} - {""})
         self._previous_prefill_tokens = sum(chunk.num_tokens for chunk in shape.prefill_chunks)
         return step
+
+    def _read_decode(self, scheduler_output: SchedulerOutput) -> DecodeStep | None:
+        """A step in which every request is past its prompt and computes its one next token; None for any other."""
+        cached = scheduler_output.scheduled_cached_reqs
+        ids, computed, outputs = cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens
+        # One token each, in one order, and nobody new: what speculates or has no token has another number of tokens.
+        if (
+            scheduler_output.total_num_scheduled_tokens != len(ids)
+            or list(scheduler_output.num_scheduled_tokens) != ids
+        ):
+            return None
+        if ids != self._decoding[0]:
+            states = [self._requests[request_id] for request_id in ids]
+            self._decoding = (ids, states, [state.prompt_tokens - 1 for state in states])
+        if not ids or 0 in outputs or list(map(sub, computed, outputs)) != self._decoding[2]:
+            return None
+        context, longest = sum(computed) + len(ids), max(computed) + 1
+        states = self._decoding[1]
+        return DecodeStep(ids, states, outputs, len(ids), context, longest, self._previous_prefill_tokens)
 
     def _read_new(self, new: NewRequestData, num_tokens: int, step: ScheduledStep) -> ScheduledRequest:
         """A request of scheduled_new_reqs.

@@ -8,20 +8,23 @@ from __future__ import annotations
 import random
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from step_oracle.v1 import oracle_service_pb2 as pb
 from vllm_shim.errors import ConfigurationError, OracleLost
+from vllm_shim.lease import LeaseTable, leased_reply
 
 if TYPE_CHECKING:
     from step_oracle.v1 import step_pb2
     from vllm_shim.config import ShimConfig
+    from vllm_shim.step_shape import DecodeStep
 
 _SERVICE = "/step_oracle.v1.OracleService/"
 _CHANNEL_OPTIONS = (
@@ -43,18 +46,22 @@ _RETRIED = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _BACKOFF_SECONDS = (0.05, 0.5)
-_COUNTS_EVERY_NS = 1_000_000_000
+_COUNTS_EVERY_SECONDS = 1.0
 _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000))
 
 
 class PendingStep:
-    """A step that waits for its answer. Written by the reader thread once, then released to the engine thread."""
+    """A step that waits for its answer. Written by the reader thread once, then released to the engine thread.
 
-    __slots__ = ("_arrived", "answer_ns", "error", "reply", "request", "submit_ns")
+    One with a lease is answered from it as soon as the steps before it are answered; it has no request until needed.
+    """
 
-    def __init__(self, request: step_pb2.StepRequest, submit_ns: int) -> None:
-        self.request = request
+    __slots__ = ("_arrived", "answer_ns", "error", "lease", "reply", "request", "submit_ns")
+
+    def __init__(self, request: step_pb2.StepRequest | None, submit_ns: int, lease: Any = None) -> None:
+        self.request: Any = request
         self.submit_ns = submit_ns
+        self.lease = lease
         self.reply: step_pb2.StepReply | None = None
         self.error: OracleLost | None = None
         self.answer_ns = 0
@@ -79,8 +86,8 @@ class PendingStep:
 class OracleStream:
     """Owns the channel, the stream and the reader thread of one engine core.
 
-    Owner of each mutable part: `_pending` and `_outbox` under `_lock`; `_counts` the engine thread; the rest the reader
-    thread.
+    Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread; the rest
+    the reader thread.
     """
 
     def __init__(self, config: ShimConfig, channel: grpc.Channel, opening: pb.StreamOpen) -> None:
@@ -93,27 +100,71 @@ class OracleStream:
         self._call: Any = None
         self._closed = threading.Event()
         self._fatal: OracleLost | None = None
-        self._generation = 0
-        self._reconnects = 0
+        # Highest generation seen and the leases of it from this stream: none holds longer than one such pair is here.
+        self._era: tuple[int, deque[step_pb2.Lease]] = (0, deque())
+        self._leases, self._leases_era = LeaseTable(), self._era
         self._counts = _fresh_counts()
-        self._counts_sent_ns = time.monotonic_ns()
         self._reader = threading.Thread(target=self._read, name="step-oracle-reader", daemon=True)
         self._reader.start()
 
-    def submit(self, request: step_pb2.StepRequest) -> PendingStep:
-        """Engine thread: sends one step and returns at once."""
-        step = PendingStep(request, time.monotonic_ns())
-        message = pb.StreamStepsRequest(steps=[request], min_generation=self._generation)
-        if step.submit_ns - self._counts_sent_ns > _COUNTS_EVERY_NS:
-            message.counts.CopyFrom(self._take_counts(step.submit_ns))
+    def submit(self, request: step_pb2.StepRequest, lease: Any = None) -> PendingStep:
+        """Engine thread: sends one step, or keeps it for its lease until its turn comes; returns at once."""
+        step = PendingStep(request, time.monotonic_ns(), lease)
         with self._lock:
             if self._fatal is not None:
                 step.error = self._fatal
                 step.release()
                 return step
             self._pending.append(step)
-            self._outbox.put(message)
+            if lease is None:
+                # Those that wait for their turn go first: messages keep the order of the steps.
+                self._send([other for other in self._pending if other.lease is not None or other is step])
+            self._answer_leased()
         return step
+
+    def submit_decode(
+        self, step_index: int, step: DecodeStep, request: Callable[[], step_pb2.StepRequest]
+    ) -> PendingStep:
+        """The same for a decode-only step: answered from a lease where one holds.
+
+        Not before the steps before it are answered: one of them could bring a newer generation, and an engine never
+        goes back.
+        """
+        # Read before the era: what has been answered by now shows in the generation.
+        waits = bool(self._pending)
+        if self._era is not self._leases_era:
+            self._leases_era = self._era
+            self._leases.clear()
+        while arrived := self._leases_era[1]:
+            self._leases.take(arrived.popleft())
+        key = (step.num_requests, step.context_tokens, step.max_context_tokens, step.previous_prefill_tokens)
+        lease = self._leases.find(*key)
+        if lease is None or waits:
+            return self.submit(request(), lease)
+        answered = PendingStep(None, time.monotonic_ns(), lease)
+        answered.answer_ns = answered.submit_ns
+        answered.reply = leased_reply(lease, step_index, step.context_tokens, step.max_context_tokens)
+        return answered
+
+    def _send(self, steps: list[PendingStep]) -> None:
+        for step in steps:
+            step.lease = None
+        requests = [step.request for step in steps]
+        self._outbox.put(pb.StreamStepsRequest(steps=requests, min_generation=self._era[0]))
+
+    def _answer_leased(self) -> None:
+        """Steps with a lease that nothing unanswered is before any more; sent where their generation is over."""
+        while self._pending and (lease := self._pending[0].lease):
+            if lease.generation != self._era[0]:
+                self._send(list(self._pending))
+                return
+            step = self._pending.popleft()
+            shape = step.request.shape
+            step.answer_ns = time.monotonic_ns()
+            step.reply = leased_reply(
+                lease, step.request.step_index, shape.decode_context_tokens, shape.max_decode_context_tokens
+            )
+            step.release()
 
     def wait(self, step: PendingStep) -> step_pb2.StepReply:
         """Engine thread: the reply, or OracleLost once the budget is spent. Under `hold` it waits without limit."""
@@ -126,18 +177,20 @@ class OracleStream:
             raise step.error or OracleLost("step-oracle: a step was released without an answer")
         return step.reply
 
-    def count_step(self, lateness_ns: int, late_answer_ns: int) -> None:
+    def count_step(self, lateness_ns: int, late_answer_ns: int, leased: step_pb2.StepReply | None = None) -> None:
         """Engine thread: one resolved step; `late_answer_ns` above 0 when the answer came after the deadline."""
-        counts = self._counts
-        counts.steps += 1
-        counts.lateness_sum_ns += lateness_ns
-        bucket = 0
-        while bucket < len(_BUCKET_BOUNDS_NS) and lateness_ns > _BUCKET_BOUNDS_NS[bucket]:
-            bucket += 1
-        counts.lateness_buckets[bucket] += 1
-        if late_answer_ns > 0:
-            counts.late_answers += 1
-            counts.late_answer_ns += late_answer_ns
+        with self._lock:
+            counts = self._counts
+            counts.steps += 1
+            counts.lateness_sum_ns += lateness_ns
+            counts.lateness_buckets[bisect_left(_BUCKET_BOUNDS_NS, lateness_ns)] += 1
+            if late_answer_ns > 0:
+                counts.late_answers += 1
+                counts.late_answer_ns += late_answer_ns
+            if leased is not None:
+                counts.leased_steps += 1
+                counts.last_leased_step_index = leased.step_index
+                counts.leased_steps_by_support[leased.support] += 1
 
     def close(self) -> None:
         """Ends the stream so that the server frees the engine id at once. Idempotent."""
@@ -145,17 +198,16 @@ class OracleStream:
             if self._closed.is_set():
                 return
             self._closed.set()
-            self._outbox.put(pb.StreamStepsRequest(counts=self._take_counts(time.monotonic_ns())))
-            self._outbox.put(None)
+        self._outbox.put(pb.StreamStepsRequest(counts=self._take_counts()))
+        self._outbox.put(None)
         self._reader.join(timeout=1.0)
         if self._call is not None:
             self._call.cancel()
         self._channel.close()
 
-    def _take_counts(self, now_ns: int) -> pb.ShimCounts:
-        counts, self._counts = self._counts, _fresh_counts()
-        counts.reconnects, self._reconnects = self._reconnects, 0
-        self._counts_sent_ns = now_ns
+    def _take_counts(self) -> pb.ShimCounts:
+        with self._lock:
+            counts, self._counts = self._counts, _fresh_counts()
         return counts
 
     def _read(self) -> None:
@@ -180,7 +232,9 @@ class OracleStream:
                 if error.code() not in _RETRIED:
                     self._fail(reason)
                     return
-            self._reconnects += 1
+            self._era = (self._era[0], deque())
+            with self._lock:
+                self._counts.reconnects += 1
             lost_since_ns = lost_since_ns or time.monotonic_ns()
             if self._budget_spent(lost_since_ns):
                 self._fail(f"{reason}; the budget of {self._config.budget_seconds:g} s is spent")
@@ -200,9 +254,14 @@ class OracleStream:
         """A new stream that presents the engine and asks again whatever is pending."""
         outbox: SimpleQueue[pb.StreamStepsRequest | None] = SimpleQueue()
         with self._lock:
+            # Leases have died with the stream they came on.
+            for step in self._pending:
+                step.lease = None
             outbox.put(
                 pb.StreamStepsRequest(
-                    open=self._opening, steps=[step.request for step in self._pending], min_generation=self._generation
+                    open=self._opening,
+                    steps=[step.request for step in self._pending],
+                    min_generation=self._era[0],
                 )
             )
             # Ends the iterator of the broken stream, which blocks in a thread of grpc's.
@@ -213,28 +272,51 @@ class OracleStream:
             request_serializer=pb.StreamStepsRequest.SerializeToString,
             response_deserializer=pb.StreamStepsResponse.FromString,
         )
-        self._call = method(iter(outbox.get, None), metadata=_metadata(self._config))
+        self._call = method(self._messages(outbox), metadata=_metadata(self._config))
         return self._call
+
+    def _messages(self, outbox: SimpleQueue[pb.StreamStepsRequest | None]) -> Iterator[pb.StreamStepsRequest]:
+        """grpc's own thread: what is to be sent, once a second with counts, which go alone where nothing else does."""
+        counted_at = time.monotonic()
+        while True:
+            try:
+                message = outbox.get(timeout=_COUNTS_EVERY_SECONDS)
+            except Empty:
+                if not self._counts.steps:
+                    continue
+                message = pb.StreamStepsRequest()
+            if message is None:
+                return
+            if time.monotonic() - counted_at >= _COUNTS_EVERY_SECONDS:
+                counted_at = time.monotonic()
+                message.counts.CopyFrom(self._take_counts())
+            yield message
 
     def _take(self, response: pb.StreamStepsResponse) -> None:
         """Reader thread: files the replies under their steps."""
         now_ns = time.monotonic_ns()
-        if response.HasField("opened"):
-            self._generation = max(self._generation, response.opened.generation)
-        self._generation = max(self._generation, response.new_generation)
+        self._see(max(response.opened.generation, response.new_generation))
         for reply in response.replies:
             with self._lock:
                 step = self._pending[0] if self._pending else None
-                if step is not None and step.request.step_index == reply.step_index:
-                    self._pending.popleft()
-            if step is None or step.request.step_index != reply.step_index:
                 asked = "none" if step is None else step.request.step_index
-                self._fail(f"answer to step {reply.step_index} while step {asked} is pending")
-                return
-            self._generation = max(self._generation, reply.generation)
-            step.answer_ns = now_ns
-            step.reply = reply
-            step.release()
+                if step is not None and asked == reply.step_index:
+                    self._see(reply.generation)
+                    self._pending.popleft()
+                    step.answer_ns = now_ns
+                    step.reply = reply
+                    step.release()
+                    if reply.HasField("lease") and reply.lease.generation == self._era[0]:
+                        self._era[1].append(reply.lease)
+                    self._answer_leased()
+                    continue
+            self._fail(f"answer to step {reply.step_index} while step {asked} is pending")
+            return
+
+    def _see(self, generation: int) -> None:
+        """Reader thread: leases of older generations are dead."""
+        if generation > self._era[0]:
+            self._era = (generation, deque())
 
     def _fail(self, reason: str) -> None:
         """Ends it for good: every pending step, and every later one, gets the error."""
@@ -246,6 +328,8 @@ class OracleStream:
                 f"step-oracle: oracle {self._config.target} lost at step {first} of engine "
                 f"{self._opening.engine.engine_id} (budget {self._config.budget_seconds:g} s): {reason}"
             )
+            # No lease answers what comes after.
+            self._era = (self._era[0], deque())
             pending, self._pending = self._pending, deque()
             for step in pending:
                 step.error = error
@@ -285,4 +369,4 @@ def _metadata(config: ShimConfig) -> tuple[tuple[str, str | bytes], ...]:
 
 
 def _fresh_counts() -> pb.ShimCounts:
-    return pb.ShimCounts(lateness_buckets=[0] * (len(_BUCKET_BOUNDS_NS) + 1))
+    return pb.ShimCounts(lateness_buckets=[0] * (len(_BUCKET_BOUNDS_NS) + 1), leased_steps_by_support=[0] * 4)

@@ -68,27 +68,32 @@ class Clock:
 class DeadlineFuture(Future[Any]):
     """Resolves once the answer is here and its deadline has passed.
 
-    vLLM's engine core calls `done()` and `result()` only (0.18.1 to 0.33.0, read). Every dispatched step resolves
-    exactly once,
-    by its output or by an error.
+    vLLM's engine core calls `done()` and `result()` only (0.18.1 to 0.33.0, read), on the engine thread. Every
+    dispatched step resolves exactly once, by its output or by an error.
     """
 
     def __init__(self, is_due: Callable[[], bool], resolve: Callable[[], Any]) -> None:
-        """`resolve` waits for answer and deadline and returns the output, or raises."""
-        super().__init__()
+        """`resolve` waits for answer and deadline and returns the output, or raises.
+
+        Future's own state is left out: its condition and callbacks would cost more than the rest of a leased step.
+        """
         self._is_due = is_due
         self._resolve = resolve
+        self._outcome: tuple[Any, BaseException | None] | None = None
 
     def done(self) -> bool:
-        return super().done() or self._is_due()
+        return self._outcome is not None or self._is_due()
 
     def result(self, timeout: float | None = None) -> Any:
-        if not super().done():
+        if self._outcome is None:
             try:
-                self.set_result(self._resolve())
+                self._outcome = (self._resolve(), None)
             except BaseException as error:  # noqa: BLE001  a Future carries whatever ended its step
-                self.set_exception(error)
-        return super().result(timeout)
+                self._outcome = (None, error)
+        output, failure = self._outcome
+        if failure is not None:
+            raise failure
+        return output
 
 
 def resolved(value: Any) -> Future[Any]:

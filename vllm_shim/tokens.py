@@ -11,6 +11,7 @@ spelled.
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import GrammarOutput
 
-    from vllm_shim.step_shape import RequestState, ScheduledStep
+    from vllm_shim.step_shape import DecodeStep, RequestState, ScheduledStep
 
 _WORD = re.compile(r" [a-z]{2,9}")
 _PRINTABLE = re.compile(r"[A-Za-z0-9]+")
 _CLASS_TOKENS = 32
 _LEAST_TOKENS = 3
 _SEARCHED_TOKENS = 20_000
+# Sequences of fillers that are kept, and the tokens in one: only an output twice as long repeats a pattern.
+_REMEMBERED = 64
+SEQUENCE = 1 << 16
 # Under a grammar: the character that ends things soonest comes first, so that an unbounded schema still closes. A quote
 # opens a key
 # or ends a string; inside a string brackets are content, so they come after it.
@@ -46,19 +50,20 @@ class TokenSource:
         self.vocab_size = vocab_size
         self.usual, self._texts = _filler_words(tokenizer, vocab_size)
         self._grammar_order = _grammar_order(tokenizer)
-        self._fillers_of: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = {}
+        self._fillers_of: dict[tuple[Any, ...], array[int]] = {}
 
     def filler(self, state: RequestState, output_index: int) -> int:
         """The request's synthetic token number `output_index`; the same for the same request key and index."""
-        if not state.fillers:
-            state.fillers = self._classes(state.sampling)
-            state.filler_offset = text_hash(state.request_key) & 0xFFFF
-        place = state.filler_offset + output_index
-        members = state.fillers[_square_free(place)]
-        # Knuth's multiplicative hash: the class must not decide the member.
-        return members[(place * 2654435761 >> 12) % len(members)]
+        return self.fillers(state)[(state.filler_offset + output_index) % SEQUENCE]
 
-    def legal(self, grammar_output: GrammarOutput, step: ScheduledStep) -> dict[str, int]:
+    def fillers(self, state: RequestState) -> array[int]:
+        """The request's synthetic tokens from place `state.filler_offset` on; behind the last comes the first."""
+        if not state.fillers:
+            state.fillers = self._sequence(state.sampling)
+            state.filler_offset = text_hash(state.request_key) % SEQUENCE
+        return state.fillers
+
+    def legal(self, grammar_output: GrammarOutput, step: ScheduledStep | DecodeStep) -> dict[str, int]:
         """request id -> a token its grammar allows now; EOS as soon as it may end.
 
         Read at once: vLLM reuses the mask's memory for the next step.
@@ -81,8 +86,8 @@ class TokenSource:
             raise RuntimeError("the grammar of a request allows no token at all; vLLM should have ended the request")
         return int(legal[0])
 
-    def _classes(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Three disjoint classes of fillers that this request may see."""
+    def _sequence(self, sampling: SamplingParams) -> array[int]:
+        """Fillers that this request may see, SEQUENCE of them."""
         stop = sampling.stop or []
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
         allowed = tuple(sampling.allowed_token_ids or ())
@@ -90,12 +95,12 @@ class TokenSource:
             token for word in (sampling.bad_words_token_ids or ()) for token in word
         )
         key = (stop_strings, allowed, banned)
-        classes = self._fillers_of.get(key)
-        if classes is None:
-            if len(self._fillers_of) > 256:
+        sequence = self._fillers_of.get(key)
+        if sequence is None:
+            if len(self._fillers_of) > _REMEMBERED:
                 self._fillers_of.clear()
-            classes = self._fillers_of[key] = self._build_classes(stop_strings, allowed, banned)
-        return classes
+            sequence = self._fillers_of[key] = _square_free(self._build_classes(stop_strings, allowed, banned))
+        return sequence
 
     def _build_classes(
         self, stop_strings: tuple[str, ...], allowed: tuple[int, ...], banned: frozenset[int]
@@ -118,9 +123,15 @@ class TokenSource:
         return tuple(tuple(pool[k::3]) for k in range(3))
 
 
-def _square_free(n: int) -> int:
-    """Letter n of a square-free word over {0, 1, 2}: differences of the Thue-Morse sequence (Thue 1912)."""
-    return ((n + 1).bit_count() % 2 - n.bit_count() % 2) % 3
+def _square_free(classes: tuple[tuple[int, ...], ...]) -> array[int]:
+    """SEQUENCE tokens, their classes in the order of a square-free word: differences of the Thue-Morse sequence (Thue
+    1912)."""
+    places = np.arange(SEQUENCE + 1)
+    parity = np.array([place.bit_count() % 2 for place in range(256)])
+    thue_morse = parity[places & 255] ^ parity[places >> 8 & 255] ^ parity[places >> 16]
+    # Knuth's multiplicative hash: the class must not decide the member.
+    members = [np.array(members)[(places[:-1] * 2654435761 >> 12) % len(members)] for members in classes]
+    return array("i", np.choose(np.diff(thue_morse) % 3, members).astype(np.int32).tobytes())
 
 
 def _filler_words(tokenizer: Any | None, vocab_size: int) -> tuple[tuple[int, ...], dict[int, str]]:
@@ -161,7 +172,7 @@ def _grammar_order(tokenizer: Any | None) -> tuple[int, ...]:
 def _first_rows(grammar_output: GrammarOutput, drafts_of: dict[str, list[int]]) -> list[np.ndarray]:
     """The mask row of the next token of each structured request.
 
-    A request owns one row per draft token and one more: as many as it has drafts up to 0.25, a fixed block from 0.32 on
+    A request owns one row per draft token and one more: as many as it has drafts up to 0.32, a fixed block from 0.33 on
     (read).
     """
     mask, request_ids = grammar_output.grammar_bitmask, grammar_output.structured_output_request_ids

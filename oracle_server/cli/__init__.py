@@ -46,12 +46,21 @@ def serve(
     ] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Folder of the database and the packs.")] = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT on loopback for Prometheus, or off.")] = None,
+    no_leases: Annotated[bool, typer.Option("--no-leases", help="Answer every step; leave no engine a piece.")] = False,
+    shards: Annotated[int | None, typer.Option(help="Processes that answer steps at the same address.")] = None,
 ) -> None:
     """Run the oracle server until SIGTERM."""
     from oracle_server.config import read_config
 
     with exits():
-        config = read_config(os.environ, listen=listen or (), metrics=metrics, state_dir=state_dir)
+        config = read_config(
+            os.environ,
+            listen=listen or (),
+            metrics=metrics,
+            state_dir=state_dir,
+            leases=not no_leases,
+            shards=shards,
+        )
         from oracle_server.server import serve as run
 
         status = run(config)

@@ -34,6 +34,7 @@ _REFUSED: Final = frozenset(
         "kv_cache_dtype",
         "tensor_parallel_size",
         "pipeline_parallel_size",
+        "data_parallel_size",
         "block_size",
     }
 )
@@ -58,6 +59,8 @@ def cold_differences(manifest: Manifest, facts: EngineFacts, *, frozen: bool = F
         ),
         ("tensor_parallel_size", manifest.parallel.tensor, facts.tensor_parallel_size),
         ("pipeline_parallel_size", manifest.parallel.pipeline, facts.pipeline_parallel_size),
+        # Ranks of a dense model are engines of their own, whose latency does not depend on how many there are.
+        ("data_parallel_size", manifest.parallel.data if _has_experts(manifest) else None, facts.data_parallel_size),
         ("block_size", manifest.kv_cache.block_size, facts.block_size),
         ("max_model_len", engine.max_model_len, facts.max_model_len),
         ("max_num_seqs", engine.max_num_seqs, facts.max_num_seqs),
@@ -83,6 +86,12 @@ def cold_differences(manifest: Manifest, facts: EngineFacts, *, frozen: bool = F
         Difference(name, _text(ours), _text(theirs), "refuse" if name in refused else "warn")
         for name, ours, theirs in differences
     )
+
+
+def _has_experts(manifest: Manifest) -> bool:
+    """Whether a step costs what all data-parallel ranks bring to the experts."""
+    composed = manifest.latency.composed
+    return composed is not None and any(operator.name == "moe" for operator in composed.operators)
 
 
 def _planned_blocks(manifest: Manifest, facts: EngineFacts) -> int | None:

@@ -19,7 +19,7 @@ from oracle_server.sampling.grids import build_arrays as build_grids
 from oracle_server.sampling.hybrid_tables import Term, build_model
 
 # Grows whenever a kernel needs other arrays. Compiled packs of another version are compiled anew, never converted.
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 LAYOUT_FILE: Final = "layout.json"
 
 

@@ -115,6 +115,7 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
     async def ListEngines(self, request: pb.ListEnginesRequest, context: Any) -> pb.ListEnginesResponse:
         """The engines attached now, in the order of their ids."""
         live = await self._find(request.parent, "parent")
+        await self.node.followers.count()
         engines = sorted(self.node.engines_of(live), key=lambda record: record.identity.engine_id)
         return pb.ListEnginesResponse(
             engines=[wire.write_engine(record, live.current.generation) for record in engines]

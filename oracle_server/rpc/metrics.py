@@ -76,7 +76,9 @@ class MetricsCollector(Collector):
 
     def _server(self) -> Iterable[Metric]:
         metrics = self._metrics
-        steps = CounterMetricFamily("step_oracle_steps", "Steps answered, by support.", labels=["support"])
+        steps = CounterMetricFamily(
+            "step_oracle_steps", "Steps answered, here or from a lease, by support.", labels=["support"]
+        )
         for number, name in _SUPPORT.items():
             steps.add_metric([name], metrics.steps[number])
         yield steps

@@ -27,10 +27,11 @@ _KV_SOURCES = {
 class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
     """Answers steps. Event loop only."""
 
-    def __init__(self, node: Node, metrics: Metrics, events: Events) -> None:
+    def __init__(self, node: Node, metrics: Metrics, events: Events, *, leases: bool = True) -> None:
         self.node = node
         self.metrics = metrics
         self._events = events
+        self._leases = leases
 
     @unary
     async def GetDevice(self, request: pb.GetDeviceRequest, context: Any) -> pb.GetDeviceResponse:
@@ -95,7 +96,7 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
 
     async def StreamSteps(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One engine's steps. The handler reads and writes the context itself: a push has to share the writer."""
-        await StepStream(self.node, self.metrics, self._events, context).run()
+        await StepStream(self.node, self.metrics, self._events, context, leases=self._leases).run()
 
     @unary
     async def SampleStep(self, request: pb.SampleStepRequest, context: Any) -> pb.SampleStepResponse:

@@ -16,6 +16,7 @@ from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from oracle_server.errors import InvalidArgument, OracleError
 from oracle_server.rpc import wire
+from oracle_server.rpc.leases import Leases
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.status import abort, internal
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
@@ -41,7 +42,13 @@ class StepStream:
     """Owned by its handler task; `announce` and `end` are called by other tasks of the same loop."""
 
     def __init__(
-        self, node: Node, metrics: Metrics, events: Events, context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        node: Node,
+        metrics: Metrics,
+        events: Events,
+        context: grpc.aio.ServicerContext[Any, Any],
+        *,
+        leases: bool,
     ) -> None:
         self._node = node
         self._metrics = metrics
@@ -52,6 +59,8 @@ class StepStream:
         self._reading: asyncio.Task[Any] | None = None
         self._ending: OracleError | None = None
         self._plan: EnginePlan | None = None
+        # None: this engine, or this server, goes without.
+        self._leases = Leases() if leases else None
         self._announced = 0
         self._pushing: asyncio.Task[None] | None = None
 
@@ -96,6 +105,8 @@ class StepStream:
             raise InvalidArgument(
                 "the first message of a stream carries `open`; nothing is answered before", field="open"
             )
+        if not first.open.leases:
+            self._leases = None
         identity = wire.read_identity(first.open.engine)
         await self._node.tenant_of(identity.experiment)
         live, record = await self._node.attachments.open_stream(
@@ -120,7 +131,7 @@ class StepStream:
             why = error.reason
             raise
         finally:
-            self._node.attachments.close_stream(record, self, by_engine=why == CLOSED)
+            await self._node.attachments.close_stream(record, self, by_engine=why == CLOSED)
             self._events.info(
                 "stream closed", experiment=live.name, engine=identity.engine_id, why=why, steps=record.counts.steps
             )
@@ -178,6 +189,7 @@ class StepStream:
     ) -> None:
         counts = record.counts
         steps_by_support = self._metrics.steps
+        leases = self._leases
         min_generation = request.min_generation
         for step in request.steps:
             snapshot = live.snapshot
@@ -188,7 +200,10 @@ class StepStream:
                 snapshot.check_generation(min_generation)
             query, drafts, new_requests = wire.read_step(step)
             answer = plan.answer(step.step_index, query, drafts, new_requests)
-            wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
+            reply = response.replies.add()
+            wire.write_reply(reply, step.step_index, plan.generation, answer)
+            if leases is not None and not query.chunk_tokens and not drafts:
+                leases.grant(reply, plan, query)
             counts.steps += 1
             steps_by_support[answer.support] += 1
             if answer.support == SUPPORT_EXTRAPOLATED:
@@ -196,6 +211,12 @@ class StepStream:
 
     def _count(self, counts: pb.ShimCounts, record: EngineRecord) -> None:
         metrics = self._metrics
+        # Steps this server did not see: with them its own counts are complete.
+        record.counts.steps += counts.leased_steps
+        for support, steps in enumerate(counts.leased_steps_by_support[: len(metrics.steps)]):
+            metrics.steps[support] += steps
+            if support == SUPPORT_EXTRAPOLATED:
+                record.counts.extrapolated_steps += steps
         record.counts.late_answers += counts.late_answers
         record.counts.leased_steps += counts.leased_steps
         record.counts.reconnects += counts.reconnects

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from oracle_server import pack as packs
 from oracle_server.errors import BadStep, InvalidArgument
+from oracle_server.sampling.answer import DecodeRecord
 from oracle_server.sampling.shape import StepQuery, check_query
 from oracle_server.state import binding as bindings
 from oracle_server.state import names
@@ -16,7 +17,7 @@ from oracle_server.state.binding import Binding, LengthClass, LengthTable, Overl
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import LiveExperiment
 from oracle_server.state.identity import EngineIdentity
-from oracle_server.state.snapshot import NewRequest, StepAnswer
+from oracle_server.state.snapshot import EnginePlan, NewRequest, StepAnswer
 from oracle_server.state.store import GenerationRow, PackRow, TenantRow
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2, tenant_pb2
 
@@ -29,6 +30,8 @@ MAX_STEP_INDEX = (1 << 63) - 1
 
 _FACTS = tuple(field.name for field in dataclasses.fields(packs.EngineFacts))
 _NONE: tuple[int, ...] = ()
+# The fields of step_pb2.Lease that a DecodeRecord gives, in its order; its last one is the pool.
+_LEASED = tuple("support_distance" if name == "distance" else name for name in DecodeRecord._fields[:-1])
 _POLICIES = {
     experiment_pb2.SUPPORT_POLICY_UNSPECIFIED: bindings.SUPPORT_SERVE,
     experiment_pb2.SUPPORT_POLICY_SERVE: bindings.SUPPORT_SERVE,
@@ -101,6 +104,17 @@ def write_reply(reply: step_pb2.StepReply, step_index: int, generation: int, ans
     reply.support = answer.support  # type: ignore[assignment]
     reply.knowledge = answer.knowledge  # type: ignore[assignment]
     reply.support_distance = answer.distance
+
+
+def write_lease(lease: step_pb2.Lease, plan: EnginePlan, record: DecodeRecord) -> None:
+    """Fill a lease but for its residual pool and its numbers on the stream."""
+    for name, value in zip(_LEASED, record[:-1], strict=True):
+        setattr(lease, name, value)
+    lease.latency_pool_ns.extend(record.latency_pool_ns)
+    lease.generation = plan.generation
+    lease.prep_ns = plan.prep_ns
+    lease.copy_ns = plan.copy_ns
+    lease.draw_key = plan.key
 
 
 def _read_new_requests(step: step_pb2.StepRequest) -> tuple[NewRequest, ...]:

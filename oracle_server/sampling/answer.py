@@ -28,7 +28,8 @@ class Answer(NamedTuple):
 class DecodeRecord(NamedTuple):
     """One piece of a latency model: what a Lease carries, and what the server answers a decode-only step from.
 
-    Intervals are half-open, in tokens. Support and knowledge hold for every point of the piece.
+    Intervals are half-open, in tokens. Support and knowledge hold for every point of the piece. It is linear in context
+    tokens, or a pool.
     """
 
     num_decode_requests: int
@@ -41,6 +42,12 @@ class DecodeRecord(NamedTuple):
     slope_ns_per_max_context_token: float
     support: int
     knowledge: int
+    # None where the points of the piece differ in it: no lease can say it.
+    distance: float | None
+    # True: not for the step after one with prefill tokens.
+    not_after_prefill: bool = False
+    # Not empty: the latency is a drawn entry, and intercept and slopes are not used.
+    latency_pool_ns: tuple[int, ...] = ()
 
     def covers(self, num_decode_requests: int, context_tokens: int, max_context_tokens: int) -> bool:
         """Whether a decode-only step without draft tokens lies in this piece."""

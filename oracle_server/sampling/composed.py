@@ -1,8 +1,8 @@
 """The composed latency model: measured operators summed, each linear on its grid.
 
-A step costs dense(T) + logits(S) + sampler(S) + host + attention, times a residual. T is the step's tokens, padded to
-the next graph capture size in decode-only steps; S the rows of the logits matrix; g(n, kv) the attention of n decode
-requests, m(n, kv) that of the largest chunk and n decode requests together.
+A step costs dense(T) + experts(T) + logits(S) + sampler(S) + host + attention, times a residual. T is the tokens,
+padded to the next graph capture size in decode-only steps; S the rows of the logits matrix; g(n, kv) the attention of n
+decode requests, m(n, kv) that of the largest chunk and n decode requests together.
     decode-only   attention = (1 - skew) g(n, mean) + skew g(n, max)
     mixed         attention = largest prefill chunk + max(0, chunk - launch floor) of the others
                             + factor g(n, mean) + skew_mixed (g(n, max) - g(n, mean))
@@ -24,7 +24,8 @@ from oracle_server.errors import BadStep
 from oracle_server.sampling.answer import Answer, DecodeRecord
 from oracle_server.sampling.composed_kernels import decode_latency, decode_piece, mixed_latency
 from oracle_server.sampling.draws import signed
-from oracle_server.sampling.shape import StepQuery
+from oracle_server.sampling.grids import AXIS1, OPERATOR_AXES
+from oracle_server.sampling.shape import CONTEXT_TOKENS_LIMIT, StepQuery
 
 _LATENCY_LIMIT = float(1 << 62)
 
@@ -62,6 +63,9 @@ class ComposedOracle:
             _frozen(np.array(options[:6]), np.float64),
         )
         self._residuals = _frozen(ratios, np.float64)
+        self._skewed = options.skew_decode > 0.0
+        row = arrays["layout"][list(OPERATOR_AXES).index("generation_attention")]
+        self._least_context = float(arrays["grid"][row[AXIS1]])
 
     def answer(self, query: StepQuery, key: int, step_index: int, factor: float = 1.0) -> Answer:
         """Latency of one step.
@@ -104,7 +108,12 @@ class ComposedOracle:
     ) -> DecodeRecord | None:
         """The piece that holds a decode-only step of at least one request without draft tokens."""
         piece = decode_piece(*self._arrays, num_decode_requests, context_tokens, max_context_tokens, factor)
-        return DecodeRecord(num_decode_requests, *piece[:9])
+        outside = self._is_outside(*piece[:2]) or (self._skewed and self._is_outside(*piece[2:4]))
+        return DecodeRecord(num_decode_requests, *piece[:9], None if outside else piece[9])
+
+    def _is_outside(self, begin: int, end: int) -> bool:
+        """Whether an interval of context lies beyond the grid: from there on the distance grows with the context."""
+        return end == CONTEXT_TOKENS_LIMIT or (begin == 0 and self._least_context > 0)
 
     def warm(self) -> None:
         """Compile the kernels, or load them from their cache, so that the first step does not wait for them."""

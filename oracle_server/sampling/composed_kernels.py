@@ -38,13 +38,13 @@ from oracle_server.sampling.grids import AXIS0, AXIS0_SIZE, AXIS1, AXIS1_SIZE, P
 from oracle_server.sampling.jit import compiled
 from oracle_server.sampling.shape import CONTEXT_TOKENS_LIMIT
 
-# Rows of `layout`: the order of grids.OPERATOR_AXES. The first five do not depend on context, the first three of them
+# Rows of `layout`: the order of grids.OPERATOR_AXES. The first seven do not depend on context, the first five of them
 # count tokens and the others rows.
-_TOKEN_OPERATORS: Final = 5
-_LOGITS: Final = 3
-_GENERATION: Final = 5
-_CONTEXT: Final = 6
-_MIXED: Final = 7
+_TOKEN_OPERATORS: Final = 7
+_LOGITS: Final = 5
+_GENERATION: Final = 7
+_CONTEXT: Final = 8
+_MIXED: Final = 9
 
 # Context interval, maximum-context interval, intercept, two slopes, support, knowledge, distance.
 _Piece = tuple[int, int, int, int, float, float, float, int, int, float]
@@ -218,7 +218,7 @@ def mixed_latency(
 def _token_cost(
     layout: Ints, grid: Grid, knowledge: Bytes, options: Grid, tokens: int, rows: int, sequences: int
 ) -> tuple[float, int, float, int]:
-    """What does not depend on context: dense operators, logits, sampler, host."""
+    """What does not depend on context: dense operators, experts, communication, logits, sampler, host."""
     cost = 0.0
     support = SUPPORT_EXACT
     distance = 0.0

@@ -15,15 +15,20 @@ OPERATOR_AXES: Final[dict[str, tuple[str, ...]]] = {
     "dense_gemm": ("total_tokens",),
     "dense_elementwise": ("total_tokens",),
     "all_reduce": ("total_tokens",),
+    "moe": ("total_tokens",),
+    "expert_exchange": ("total_tokens",),
     "logits": ("logits_rows",),
     "sampler": ("logits_rows",),
     "generation_attention": ("decode_requests", "mean_context_tokens"),
     "context_attention": ("chunk_tokens", "history_tokens"),
     "mixed_attention": ("chunk_tokens", "history_tokens", "decode_requests", "mean_context_tokens"),
 }
-# Absent ones cost nothing: a model on one device has no all-reduce, and elementwise work may be part of the GEMM table.
+# Absent ones cost nothing: a model on one device has no all-reduce, a dense one no experts, and elementwise work may be
+# part of the GEMM table.
 # Without mixed_attention a chunk beside decode requests is composed of the two operators that know one of them.
-OPTIONAL_OPERATORS: Final = frozenset({"dense_elementwise", "all_reduce", "sampler", "mixed_attention"})
+OPTIONAL_OPERATORS: Final = frozenset(
+    {"dense_elementwise", "all_reduce", "moe", "expert_exchange", "sampler", "mixed_attention"}
+)
 
 # Columns of a row of `layout`.
 PRESENT: Final = 0
@@ -48,7 +53,7 @@ def build_arrays(operators: Mapping[str, NDArray[Any]], names: Mapping[int, str]
     """Arrange operators.parquet for the kernels.
 
     `operators` are its columns, `names` maps the number in column `operator` to a name of OPERATOR_AXES. The result:
-        layout     int64[8, 10] one row per operator in the order of OPERATOR_AXES: present, offset and size of axes 0
+        layout     int64[10, 10] one row per operator in the order of OPERATOR_AXES: present, offset and size of axes 0
                                 to 3 (size 1 where there is none), offset of the values
         grid       float64[G]   axes (ascending whole numbers) and values (ns, first axis slowest) of all operators
         knowledge  int8[G]      Knowledge of step.proto, at the positions of the values

@@ -104,7 +104,7 @@ class HybridOracle:
     ) -> DecodeRecord | None:
         """The piece that holds a decode-only step of at least one request without draft tokens."""
         piece = decode_piece(*self._arrays, num_decode_requests, context_tokens, max_context_tokens, factor)
-        return DecodeRecord(num_decode_requests, *piece[:9])
+        return DecodeRecord(num_decode_requests, *piece)
 
     def warm(self) -> None:
         """Compile the kernels, or load them from their cache, so that the first step does not wait for them."""

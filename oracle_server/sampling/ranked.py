@@ -1,4 +1,4 @@
-"""The kernel of ranked neighbours, over the tree of `levels.build_levels`."""
+"""The kernels of ranked neighbours, over the tree of `levels.build_levels`."""
 
 from __future__ import annotations
 
@@ -68,3 +68,42 @@ def draw_ranked(
     latency = level_ns[begin + index_below_u64(residual, level_node[node, END] - begin)]
     support = SUPPORT_EXACT if is_exact else (SUPPORT_EXTRAPOLATED if is_outside else SUPPORT_INTERPOLATED)
     return latency, support, math.sqrt(squares)
+
+
+@compiled
+def find_level(
+    level_at: NDArray[np.float64], level_node: NDArray[np.int64], tokens: int, concurrency: int, context: int
+) -> int:
+    """The last level of a query that `draw_ranked` calls exact: nothing but its samples is drawn from; -1 of any
+    other."""
+    node = 0
+    for axis in range(3):
+        value = tokens if axis == 0 else (concurrency if axis == 1 else context)
+        begin = level_node[node, BEGIN]
+        end = level_node[node, END]
+        node = begin + np.searchsorted(level_at[begin:end], np.float64(value))
+        if node == end or level_node[node, LOW] != value or level_node[node, HIGH] != value:
+            return -1
+    return node
+
+
+@compiled
+def draw_ranked_many(
+    level_at: NDArray[np.float64],
+    level_node: NDArray[np.int64],
+    level_ns: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    concurrency: NDArray[np.int64],
+    context: NDArray[np.int64],
+    mixes: bool,
+    key: int,
+    step_index: NDArray[np.int64],
+    drawn_ns: NDArray[np.int64],
+    support: NDArray[np.int64],
+    distance: NDArray[np.float64],
+) -> None:
+    """`draw_ranked` of each item, written into the last three arrays."""
+    for i in range(tokens.size):
+        drawn_ns[i], support[i], distance[i] = draw_ranked(
+            level_at, level_node, level_ns, tokens[i], concurrency[i], context[i], mixes, key, step_index[i]
+        )

@@ -16,24 +16,15 @@ from oracle_server.sampling.answer import (
     KNOWLEDGE_INTERPOLATED,
     KNOWLEDGE_MEASURED,
     SUPPORT_EXACT,
-    SUPPORT_EXTRAPOLATED,
-    SUPPORT_INTERPOLATED,
     Answer,
     DecodeRecord,
 )
 from oracle_server.sampling.buckets import ROW_FIELDS, TABLES
-from oracle_server.sampling.draws import (
-    DOMAIN_NEIGHBOR,
-    DOMAIN_RESIDUAL,
-    draw_u64,
-    index_below_u64,
-    signed,
-    unit_u64,
-)
-from oracle_server.sampling.jit import compiled
-from oracle_server.sampling.levels import LEVEL_FIELDS
-from oracle_server.sampling.ranked import draw_ranked
-from oracle_server.sampling.shape import StepQuery
+from oracle_server.sampling.draws import signed
+from oracle_server.sampling.joint import draw_sample, draw_samples, find_bucket
+from oracle_server.sampling.levels import BEGIN, END, LEVEL_FIELDS, bucket_center
+from oracle_server.sampling.ranked import draw_ranked, draw_ranked_many, find_level
+from oracle_server.sampling.shape import CONTEXT_TOKENS_LIMIT, StepQuery
 
 _KNOWLEDGE: Final = (0, KNOWLEDGE_MEASURED, KNOWLEDGE_INTERPOLATED, KNOWLEDGE_EXTRAPOLATED)
 
@@ -41,6 +32,9 @@ _Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[
 _Tree = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 # More samples than a pack can hold: pooling then ends at the number of buckets.
 _NEVER_ENOUGH: Final = 1 << 40
+# What a lease carries: entries, and their range on the wire.
+_POOL_LIMIT: Final = 256
+_POOL_LATENCY_LIMIT: Final = 1 << 63
 
 
 class SampledOptions(NamedTuple):
@@ -124,8 +118,61 @@ class SampledOracle:
                 signed(step_index),
             )
         if factor != 1.0:
-            latency = max(1, math.floor(latency * factor + 0.5))
+            latency = _times(latency, factor)
         return Answer(latency, support, distance, _KNOWLEDGE[support])
+
+    def answer_many(
+        self,
+        table: str,
+        tokens: NDArray[np.int64],
+        concurrency: NDArray[np.int64],
+        context: NDArray[np.int64],
+        key: int,
+        step_index: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Latency (ns), support and distance of many steps of one engine, for whole traces: a call per step costs ten
+        times the draw.
+
+        `table` is decode, prefill or, of a pack with transition, after_prefill; the arrays are int64 of one length,
+        what `answer` makes of a step: its tokens, concurrency and context tokens, chunks included. The bits are those
+        of `answer`. Raises BadStep where a step has no token.
+        """
+        if tokens.size and tokens.min() < 1:
+            raise BadStep("a step without tokens has no latency; do not ask for one", field="shape")
+        options = self._options
+        drawn_ns, support = np.empty_like(tokens), np.empty_like(tokens)
+        distance = np.empty(tokens.size)
+        tokens = bucket_center(tokens, options.tokens_bucket_width)
+        concurrency = bucket_center(concurrency, options.concurrency_bucket_width)
+        if self._trees:
+            width = options.context_bucket_width
+            context = bucket_center(context, width) if width else np.zeros_like(tokens)
+            draw_ranked_many(
+                *self._trees[table],
+                tokens,
+                concurrency,
+                context,
+                options.neighbors == "hierarchical",
+                signed(key),
+                step_index,
+                drawn_ns,
+                support,
+                distance,
+            )
+        else:
+            draw_samples(
+                *self._tables[table],
+                tokens,
+                concurrency,
+                self._min_samples,
+                self._max_buckets,
+                signed(key),
+                step_index,
+                drawn_ns,
+                support,
+                distance,
+            )
+        return drawn_ns, support, distance
 
     def decode_record(
         self,
@@ -134,8 +181,48 @@ class SampledOracle:
         max_context_tokens: int,
         factor: float = 1.0,
     ) -> DecodeRecord | None:
-        """None: a bucket of samples is not a piece that is linear in context tokens."""
-        return None
+        """The exact cell of a decode-only step without draft tokens, its samples times `factor` in drawing order.
+
+        None where there is none, as what neighbours answer is two draws, and where it has more than 256 samples. With
+        `transition` it is the cell of steps that do not follow a prefill.
+        """
+        options = self._options
+        tokens_width = options.tokens_bucket_width
+        width = options.concurrency_bucket_width
+        tokens_center = num_decode_requests // tokens_width * tokens_width + tokens_width // 2
+        concurrency_center = num_decode_requests // width * width + width // 2
+        width = options.context_bucket_width if self._trees else 0
+        context_begin = context_tokens // width * width if width else 0
+        if self._trees:
+            at, node, latency = self._trees["decode"]
+            found = find_level(at, node, tokens_center, concurrency_center, context_begin + width // 2)
+            begin, end = (node[found, BEGIN], node[found, END]) if found >= 0 else (0, 0)
+        else:
+            rows, row_begin, tokens, sample_begin, latency, _, _ = self._tables["decode"]
+            found = find_bucket(rows, row_begin, tokens, tokens_center, concurrency_center)
+            begin, end = (sample_begin[found], sample_begin[found + 1]) if found >= 0 else (0, 0)
+        if not 0 < end - begin <= _POOL_LIMIT:
+            return None
+        pool = latency[begin:end].tolist()
+        if factor != 1.0:
+            pool = [_times(sample, factor) for sample in pool]
+        if max(pool) >= _POOL_LATENCY_LIMIT:
+            return None
+        return DecodeRecord(
+            num_decode_requests,
+            context_begin,
+            context_begin + width if width else CONTEXT_TOKENS_LIMIT,
+            0,
+            CONTEXT_TOKENS_LIMIT,
+            0.0,
+            0.0,
+            0.0,
+            SUPPORT_EXACT,
+            KNOWLEDGE_MEASURED,
+            0.0,
+            options.transition,
+            tuple(pool),
+        )
 
     def warm(self) -> None:
         """Compile the kernel, or load it from its cache, so that the first step does not wait for it."""
@@ -143,6 +230,11 @@ class SampledOracle:
             draw_ranked(*self._trees["decode"], 1, 1, 0, True, 0, 0)
         else:
             draw_sample(*self._tables["decode"], 1, 1, 1, 1, 0, 0)
+        self.decode_record(1, 1, 1)
+
+
+def _times(latency_ns: int, factor: float) -> int:
+    return max(1, math.floor(latency_ns * factor + 0.5))
 
 
 def _tree(arrays: Mapping[str, NDArray[Any]], name: str) -> _Tree:
@@ -170,131 +262,3 @@ def _table(arrays: Mapping[str, NDArray[Any]], name: str) -> _Table:
         int(bucket_tokens.min()),
         int(bucket_tokens.max()),
     )
-
-
-@compiled
-def draw_sample(
-    row_concurrency: NDArray[np.int64],
-    row_begin: NDArray[np.int64],
-    bucket_tokens: NDArray[np.int64],
-    sample_begin: NDArray[np.int64],
-    latency_ns: NDArray[np.int64],
-    tokens_low: int,
-    tokens_high: int,
-    tokens: int,
-    concurrency: int,
-    min_samples: int,
-    max_buckets: int,
-    key: int,
-    step_index: int,
-) -> tuple[int, int, float]:
-    """Latency (ns), support and distance of one query, given as bucket centers.
-
-    Arrays as in `buckets.build_index`; `tokens_low` and `tokens_high` are the ends of bucket_tokens.
-
-    An exact bucket takes all the weight, however few samples it has. Else the nearest buckets by
-    d^2 = (dtokens / range of tokens)^2 + (dconcurrency / range of concurrency)^2, ranges over the table, (ties: fewer
-    tokens, then less concurrency) are added until they hold `min_samples` or are `max_buckets`; one of them is drawn
-    with weight 1 / d^2 (Shepard, p = 2) and one of its samples uniformly. Distance is d of the nearest bucket. Source:
-    LLM-Emu, K = auto.
-    """
-    rows = row_concurrency.size
-    above = np.searchsorted(row_concurrency, concurrency)
-    tokens_range = np.float64(max(1, tokens_high - tokens_low))
-    concurrency_range = np.float64(max(1, row_concurrency[rows - 1] - row_concurrency[0]))
-    residual = draw_u64(key, step_index, DOMAIN_RESIDUAL, 0)
-    if above < rows and row_concurrency[above] == concurrency:
-        at = row_begin[above] + np.searchsorted(bucket_tokens[row_begin[above] : row_begin[above + 1]], tokens)
-        if at < row_begin[above + 1] and bucket_tokens[at] == tokens:
-            count = sample_begin[at + 1] - sample_begin[at]
-            return latency_ns[sample_begin[at] + index_below_u64(residual, count)], SUPPORT_EXACT, 0.0
-
-    # Rows open outward from the query's concurrency as soon as their least possible distance can matter; an open row
-    # offers its nearest bucket on either side.
-    below = above - 1
-    open_left = np.empty(rows, dtype=np.int64)
-    open_right = np.empty(rows, dtype=np.int64)
-    open_row = np.empty(rows, dtype=np.int64)
-    num_open = 0
-    chosen = np.empty(max_buckets, dtype=np.int64)
-    chosen_d2 = np.empty(max_buckets, dtype=np.float64)
-    num_chosen = 0
-    samples = 0
-    while num_chosen < max_buckets and samples < min_samples:
-        best_d2 = np.inf
-        best_tokens = 0
-        best_row = -1
-        best_open = -1
-        best_is_left = False
-        scanned = 0
-        while True:
-            while scanned < num_open:
-                row = open_row[scanned]
-                dc = (row_concurrency[row] - concurrency) / concurrency_range
-                for side in range(2):
-                    at = open_left[scanned] if side == 0 else open_right[scanned]
-                    if at < row_begin[row] or at >= row_begin[row + 1]:
-                        continue
-                    dt = (bucket_tokens[at] - tokens) / tokens_range
-                    d2 = dt * dt + dc * dc
-                    if d2 < best_d2 or (
-                        d2 == best_d2
-                        and (
-                            bucket_tokens[at] < best_tokens
-                            or (bucket_tokens[at] == best_tokens and row_concurrency[row] < row_concurrency[best_row])
-                        )
-                    ):
-                        best_d2 = d2
-                        best_tokens = bucket_tokens[at]
-                        best_row = row
-                        best_open = scanned
-                        best_is_left = side == 0
-                scanned += 1
-            if below < 0 and above >= rows:
-                break
-            # `below` is nearer on a tie only by chance: both open, as the comparison is <=.
-            take_below = above >= rows or (
-                below >= 0 and concurrency - row_concurrency[below] <= row_concurrency[above] - concurrency
-            )
-            row = below if take_below else above
-            dc = (row_concurrency[row] - concurrency) / concurrency_range
-            if dc * dc > best_d2:
-                break
-            if take_below:
-                below -= 1
-            else:
-                above += 1
-            at = row_begin[row] + np.searchsorted(bucket_tokens[row_begin[row] : row_begin[row + 1]], tokens)
-            open_row[num_open] = row
-            open_left[num_open] = at - 1
-            open_right[num_open] = at
-            num_open += 1
-        if best_open < 0:
-            break
-        if best_is_left:
-            at = open_left[best_open]
-            open_left[best_open] -= 1
-        else:
-            at = open_right[best_open]
-            open_right[best_open] += 1
-        chosen[num_chosen] = at
-        chosen_d2[num_chosen] = best_d2
-        num_chosen += 1
-        samples += sample_begin[at + 1] - sample_begin[at]
-
-    pick = 0
-    if num_chosen > 1:
-        total = 0.0
-        for i in range(num_chosen):
-            total += 1.0 / chosen_d2[i]
-        target = unit_u64(draw_u64(key, step_index, DOMAIN_NEIGHBOR, 0)) * total
-        reached = 1.0 / chosen_d2[0]
-        while reached <= target and pick < num_chosen - 1:
-            pick += 1
-            reached += 1.0 / chosen_d2[pick]
-    at = chosen[pick]
-    count = sample_begin[at + 1] - sample_begin[at]
-    latency = latency_ns[sample_begin[at] + index_below_u64(residual, count)]
-
-    inside = tokens_low <= tokens <= tokens_high and row_concurrency[0] <= concurrency <= row_concurrency[rows - 1]
-    return latency, SUPPORT_INTERPOLATED if inside else SUPPORT_EXTRAPOLATED, math.sqrt(chosen_d2[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -73,10 +74,24 @@ class Attachments:
     ) -> tuple[LiveExperiment, EngineRecord]:
         """Give the engine's steps a stream. The engine may be unknown here: the server restarted since it attached."""
         self._experiments.find(identity.experiment)
-        return await self._records.change(self._open_stream(identity, facts, incarnation, allowed, stream))
+        change = self._records.change(self._open_stream(identity, facts, incarnation, allowed, stream))
+        opening = asyncio.ensure_future(change)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The engine hung up meanwhile: nobody else will close what is about to be opened.
+            opening.add_done_callback(lambda done: self._undo(done, stream))
+            raise
 
-    def close_stream(self, record: EngineRecord, stream: EngineStream, *, by_engine: bool) -> None:
+    async def close_stream(self, record: EngineRecord, stream: EngineStream, *, by_engine: bool) -> None:
         """Free the engine id, unless a newer stream of the same engine has taken over."""
+        self._close(record, stream, by_engine=by_engine)
+
+    def _undo(self, opened: asyncio.Future[tuple[LiveExperiment, EngineRecord]], stream: EngineStream) -> None:
+        if not opened.cancelled() and opened.exception() is None:
+            self._close(opened.result()[1], stream, by_engine=False)
+
+    def _close(self, record: EngineRecord, stream: EngineStream, *, by_engine: bool) -> None:
         if record.stream is stream:
             record.stream = None
             record.ended, record.closed = True, by_engine

@@ -7,8 +7,9 @@ once, so no answer mixes two generations.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from oracle_server.errors import (
     Draining,
@@ -83,14 +84,53 @@ class Activation:
     warnings: tuple[str, ...]
 
 
+class Followers(Protocol):
+    """Other processes that answer steps from the same generations."""
+
+    async def prepare(self, digests: Sequence[str]) -> None:
+        """Map these packs, so that `follow` need not wait for the disk; the OracleError of one that cannot."""
+
+    async def follow(self, row: ExperimentRow) -> None:
+        """Answer from this generation. At the return nobody answers from an older one. Never fails."""
+
+    async def forget(self, name: str) -> None:
+        """Answer for this experiment no more. Never fails."""
+
+    async def count(self) -> None:
+        """Add what the engines did elsewhere to their records."""
+
+
+class Alone:
+    """No other process: this one answers all steps."""
+
+    async def prepare(self, digests: Sequence[str]) -> None:
+        """Nothing to do."""
+
+    async def follow(self, row: ExperimentRow) -> None:
+        """Nothing to do."""
+
+    async def forget(self, name: str) -> None:
+        """Nothing to do."""
+
+    async def count(self) -> None:
+        """Nothing to do."""
+
+
 class Experiments:
     """Owns every experiment in memory. Event loop only."""
 
     def __init__(
-        self, records: Records, files: PackFiles, *, monotonic: Callable[[], float], now_ns: Callable[[], int]
+        self,
+        records: Records,
+        files: PackFiles,
+        *,
+        monotonic: Callable[[], float],
+        now_ns: Callable[[], int],
+        followers: Followers,
     ) -> None:
         self._records = records
         self._files = files
+        self._followers = followers
         self._monotonic = monotonic
         self._now_ns = now_ns
         self._live: dict[str, LiveExperiment] = {}
@@ -107,7 +147,7 @@ class Experiments:
         """The experiment of that resource name; ExperimentNotFound."""
         live = self._live.get(name)
         if live is None:
-            raise ExperimentNotFound(f"there is no experiment {name}; `step-oracle experiment list` shows them")
+            raise not_found(name)
         return live
 
     def all(self) -> Iterable[LiveExperiment]:
@@ -215,6 +255,10 @@ class Experiments:
         self.find(name)
         await self._records.change(self._delete(name))
 
+    async def join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
+        """Let a follower begin: it gets every experiment as it is now, and nothing changes until it has."""
+        await self._records.change(self._join(join))
+
     def drain(self) -> None:
         """End every watch and every open stream with Draining."""
         self._draining = True
@@ -237,6 +281,7 @@ class Experiments:
         await self._check_packs(tenant, binding)
         store = self._records.store
         row = await self._records.call(store.create_experiment, tenant, experiment, binding, self._now_ns())
+        await self._followers.follow(row)
         live = LiveExperiment(row, Snapshot(name, row.current.generation, binding, loaded))
         self._live[name] = live
         return live
@@ -263,6 +308,7 @@ class Experiments:
             return Activation(live.current, warnings)
         store = self._records.store
         await self._records.call(store.add_generation, live.tenant, live.experiment, record, accepted)
+        await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, record))
         for engine in engines:
             engine.accepted_digest = accepted[engine.identity.engine_id]
         live.flip(record, snapshot)
@@ -275,9 +321,18 @@ class Experiments:
         if attached:
             raise ExperimentInUse(f"{attached} engines are attached to {name}; stop them first")
         await self._records.call(self._records.store.delete_experiment, live.tenant, live.experiment)
+        await self._followers.forget(name)
         del self._live[name]
         live.deleted = True
         live.wake()
+
+    async def _join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
+        await join(
+            [
+                ExperimentRow(live.tenant, live.experiment, live.create_time_ns, live.current)
+                for live in self._live.values()
+            ]
+        )
 
     async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
         loaded = await self._load_packs(tenant, record.binding)
@@ -294,6 +349,7 @@ class Experiments:
                     f"the pack {digest} has {stages} pipeline stages; packs of one stage are supported so far",
                     field="binding.default_pack_digest",
                 )
+        await self._followers.prepare(binding.digests())
         return loaded
 
     async def _check_packs(self, tenant: str, binding: Binding) -> None:
@@ -303,6 +359,11 @@ class Experiments:
                     f"{names.tenant_name(tenant)} has no pack {digest}; `step-oracle pack list` shows them, "
                     "`step-oracle pack upload` adds one"
                 )
+
+
+def not_found(name: str) -> ExperimentNotFound:
+    """The refusal of a name nobody has."""
+    return ExperimentNotFound(f"there is no experiment {name}; `step-oracle experiment list` shows them")
 
 
 def _check_expected(live: LiveExperiment, expected_generation: int) -> None:

@@ -12,7 +12,7 @@ from oracle_server.errors import Starting, StoreFailed
 from oracle_server.state import names
 from oracle_server.state.attachment import Attachments
 from oracle_server.state.engines import EngineRecord
-from oracle_server.state.experiments import Experiments, LiveExperiment
+from oracle_server.state.experiments import Alone, Experiments, Followers, LiveExperiment
 from oracle_server.state.kernels import warm_kernels
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.packs import Packs
@@ -25,7 +25,8 @@ DATABASE = "oracle.db"
 class Node:
     """Owns everything a server keeps. Built empty; nothing is answered before `open` has ended. Event loop only.
 
-    Both clocks are arguments: `monotonic` in seconds, `now_ns` in nanoseconds since 1970.
+    Both clocks are arguments: `monotonic` in seconds, `now_ns` in nanoseconds since 1970. `followers` are the processes
+    that answer from its generations, where it does not answer itself.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Node:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         now_ns: Callable[[], int] = time.time_ns,
+        followers: Followers | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._lock = _lock(state_dir)
@@ -41,7 +43,10 @@ class Node:
         self._records = Records(Store.open(state_dir / DATABASE))
         self._files = PackFiles(state_dir)
         self._ready = False
-        self.experiments = Experiments(self._records, self._files, monotonic=monotonic, now_ns=now_ns)
+        self.followers: Followers = followers or Alone()
+        self.experiments = Experiments(
+            self._records, self._files, monotonic=monotonic, now_ns=now_ns, followers=self.followers
+        )
         self.attachments = Attachments(self.experiments, self._records, monotonic=monotonic)
         self.packs = Packs(self.experiments, self._records, self._files, now_ns=now_ns)
 

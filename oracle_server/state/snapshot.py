@@ -13,7 +13,7 @@ from typing import NamedTuple
 from oracle_server.errors import AcceptanceUnknown, StaleGeneration, SupportRefused
 from oracle_server.pack import Manifest
 from oracle_server.sampling import draws
-from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
+from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, DecodeRecord
 from oracle_server.sampling.oracle import Oracle
 from oracle_server.sampling.shape import StepQuery
 from oracle_server.state.binding import SUPPORT_REFUSE, Binding, length_tables
@@ -96,17 +96,18 @@ class EnginePlan:
 
     __slots__ = (
         "_acceptance",
-        "_copy_ns",
         "_experiment",
-        "_key",
         "_latency_factor",
         "_lengths",
         "_oracle",
         "_pack",
-        "_prep_ns",
         "_refuse",
         "_seed",
+        "copy_ns",
         "generation",
+        "key",
+        "prep_ns",
+        "residual_pool",
         "snapshot",
     )
 
@@ -118,10 +119,12 @@ class EnginePlan:
         self._pack = pack
         self._oracle = pack.oracle
         self._seed = binding.seed
-        self._key = draws.engine_key(binding.seed, identity.engine_id)
+        self.residual_pool = pack.oracle.residual_pool
+        # Of all its draws.
+        self.key = draws.engine_key(binding.seed, identity.engine_id)
         self._latency_factor = binding.time_scale * slow_down_of(binding.overlays, identity)
-        self._prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
-        self._copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
+        self.prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
+        self.copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
         self._refuse = binding.support_policy == SUPPORT_REFUSE
         self._acceptance = binding.draft_acceptance_rate
         self._lengths = snapshot.lengths
@@ -131,15 +134,15 @@ class EnginePlan:
     ) -> StepAnswer:
         """The answer to one step; SupportRefused, AcceptanceUnknown."""
         latency_ns, support, distance, knowledge = self._oracle.answer(
-            query, self._key, step_index, self._latency_factor
+            query, self.key, step_index, self._latency_factor
         )
         if support == SUPPORT_EXTRAPOLATED and self._refuse:
             self._raise_refused(step_index, query)
         accepted = self._accept(step_index, draft_tokens) if draft_tokens else ()
         return StepAnswer(
             latency_ns,
-            self._prep_ns,
-            self._copy_ns,
+            self.prep_ns,
+            self.copy_ns,
             query.num_decode_requests + sum(accepted),
             accepted,
             tuple([self._target(request) for request in new_requests]),
@@ -147,6 +150,23 @@ class EnginePlan:
             knowledge,
             distance,
         )
+
+    def lease(self, query: StepQuery) -> DecodeRecord | None:
+        """The piece a decode-only step without draft tokens is answered from, where the engine may have it.
+
+        Constant factors are folded in. None where the model has no piece, where its points differ in more than latency,
+        where the support policy refuses it, or where the step itself was not answered from it.
+        """
+        record = self._oracle.decode_record(
+            query.num_decode_requests,
+            query.decode_context_tokens,
+            query.max_decode_context_tokens,
+            self._latency_factor,
+        )
+        if record is None or record.distance is None or (self._refuse and record.support == SUPPORT_EXTRAPOLATED):
+            return None
+        # Such a step is asked for although the engine may have the piece.
+        return None if record.not_after_prefill and query.previous_prefill_tokens else record
 
     def _accept(self, step_index: int, draft_tokens: Sequence[int]) -> tuple[int, ...]:
         """Accepted draft tokens of each request: each with the same probability, until the first that is not."""
@@ -163,7 +183,7 @@ class EnginePlan:
             # The ordinal of a draft token is its place in the whole message, whatever happened to those before it.
             while (
                 length < count
-                and draws.unit(draws.draw(self._key, step_index, draws.DOMAIN_ACCEPTANCE, first + length)) < rate
+                and draws.unit(draws.draw(self.key, step_index, draws.DOMAIN_ACCEPTANCE, first + length)) < rate
             ):
                 length += 1
             accepted.append(length)

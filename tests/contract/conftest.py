@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from builders import build_composed_pack, build_constant_pack, build_hybrid_pack, build_sampled_pack
-from oracle_calls import Calls
+from oracle_calls import TIMEOUT, Calls
 from oracle_process import OracleProcess
 from oracle_server.pack import Engine
+from sharded_server import TWO_SHARDS, shard_pids, wait_for
+from step_oracle.v1 import tenant_pb2
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +69,22 @@ def shared(shared_server: OracleProcess, pack_dirs: dict[str, Path]) -> Iterator
     with Calls(shared_server.target) as connection:
         connection.create(connection.upload(pack_dirs["composed"]), seed=42)
         yield connection
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OracleProcess]:
+    """Two shards the tests of several modules share; each test has an experiment of its own."""
+    folder = tmp_path_factory.mktemp("sharded")
+    listen = ("127.0.0.1:0", f"unix:{folder}/s")
+    with OracleProcess(folder / "state", listen=listen, metrics="127.0.0.1:0", arguments=TWO_SHARDS) as process:
+        yield process
+
+
+@pytest.fixture
+def shards(sharded: OracleProcess) -> Iterator[tuple[Calls, Calls]]:
+    """A connection to each of the two."""
+    wait_for(lambda: len(shard_pids(sharded)) == 2)
+    with Calls(sharded.targets[1]) as first, Calls(sharded.targets[2]) as second:
+        for calls in (first, second):
+            calls.tenants.ListTenants(tenant_pb2.ListTenantsRequest(), timeout=TIMEOUT, wait_for_ready=True)
+        yield first, second

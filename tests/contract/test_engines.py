@@ -115,12 +115,20 @@ def test_counts_of_the_shim_are_added_up(shared: Calls, shared_server: OraclePro
     stream.ask(decode(0))
     for _ in range(2):
         counts = oracle_service_pb2.ShimCounts(
-            steps=5, leased_steps=3, late_answers=1, reconnects=1, lateness_buckets=[1, 2], lateness_sum_ns=30_000
+            steps=5,
+            leased_steps=3,
+            leased_steps_by_support=[0, 1, 0, 2],
+            late_answers=1,
+            reconnects=1,
+            lateness_buckets=[1, 2],
+            lateness_sum_ns=30_000,
         )
         stream.send(counts=counts)
     stream.ask(decode(1))
     engine = engines(shared)["counts"]
-    assert (engine.steps, engine.leased_steps, engine.late_answers, engine.reconnects) == (2, 6, 2, 2)
+    # Two it was asked, six it was told of.
+    assert (engine.steps, engine.leased_steps, engine.extrapolated_steps) == (8, 6, 4)
+    assert (engine.late_answers, engine.reconnects) == (2, 2)
     stream.close()
     assert "counts" not in engines(shared)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bad_packs import BAD_PACKS, parquet_bomb_that_declares_few_rows
+from bad_packs import BAD_PACKS
 from builders import build_composed_pack, build_hybrid_pack, build_sampled_pack
 from oracle_server.errors import PackDigestMismatch, PackInvalid
 from oracle_server.pack import Limits, check_pack, compile_pack
+from pack_faults import parquet_bomb_that_declares_few_rows
 
 DIGEST_FAULTS = {
     "declared_size_wrong",

@@ -18,6 +18,7 @@ from oracle_server.pack import (
     Latency,
     Manifest,
     Model,
+    Operator,
     Parallel,
     cold_differences,
     plan_kv_blocks,
@@ -98,6 +99,15 @@ def test_each_cold_field_is_compared(field: str, value: Any, at_attach: str, at_
         found = [d for d in cold_differences(manifest(), facts, frozen=frozen) if d.field != "num_kv_blocks"]
         assert [(d.field, d.severity) for d in found] == [(field, severity)]
         assert found[0].pack_value != found[0].engine_value
+
+
+def test_the_number_of_data_parallel_ranks_matters_where_they_share_experts() -> None:
+    moe = (Operator(id=0, name="moe", axes=("total_tokens",)),)
+    shared = manifest(parallel=Parallel(data=2))
+    assert cold_differences(shared, FACTS) == ()
+    shared = msgspec.structs.replace(shared, latency=Latency(composed=ComposedLatency(operators=moe)))
+    assert [tuple(d) for d in cold_differences(shared, FACTS)] == [("data_parallel_size", "2", "1", "refuse")]
+    assert cold_differences(shared, replace(FACTS, data_parallel_size=2)) == ()
 
 
 def test_what_either_side_does_not_know_is_not_compared() -> None:

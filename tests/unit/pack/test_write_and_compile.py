@@ -24,6 +24,7 @@ from naive import composed_answer, ranked_answer, sampled_answer
 from oracle_server.errors import InvalidArgument, PackInvalid
 from oracle_server.pack import check_pack, compile_pack, load_compiled, open_oracle, remove_partial_directories
 from oracle_server.pack.compile import LAYOUT_VERSION
+from oracle_server.sampling.answer import SUPPORT_EXACT
 from oracle_server.sampling.draws import engine_key
 
 KEY = engine_key(1, "e")
@@ -81,7 +82,8 @@ def test_a_pack_of_ranked_neighbors_answers_from_its_file(options: dict[str, Any
         answer = oracle.answer(query, KEY, step)
         expected = ranked_answer(samples, query, KEY, step, transition=True, **options)
         assert (answer.latency_ns, answer.support, answer.distance) == expected
-        assert oracle.decode_record(1 + step, 5000, 5000) is None
+        body = oracle.answer(query._replace(previous_prefill_tokens=0), KEY, step)
+        assert (oracle.decode_record(1 + step, 5000, 5000) is None) is (body.support != SUPPORT_EXACT)
 
 
 def test_a_pack_of_fixed_k_answers_from_its_file(tmp_path: Path) -> None:

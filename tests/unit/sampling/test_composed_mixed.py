@@ -1,4 +1,4 @@
-"""Operators a composed pack may have beside the needed ones: mixed attention on four axes, and the sampler."""
+"""Operators a composed pack may have beside the needed ones: mixed attention on four axes, experts, the sampler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from oracle_server.sampling.grids import build_arrays
 from oracle_server.sampling.shape import StepQuery
 
 RATIOS = tuple(np.array([0.97, 1.0, 1.11], dtype=np.float32).tolist())
-KNOWLEDGE = {"mixed_attention": 2, "sampler": 1}
+KNOWLEDGE = {"mixed_attention": 2, "sampler": 1, "moe": 3, "expert_exchange": 4}
 KEY = engine_key(42, "engine-0")
 AXES = (16, 64, 256), (0, 16, 128, 1024), (1, 4, 16, 64), (16, 128, 1024, 4096)
 Operators = dict[str, dict[tuple[int, ...], float]]
@@ -34,6 +34,14 @@ def extended_operators() -> Operators:
     }
     sampler: dict[tuple[int, ...], float] = {(rows,): 1e5 + 700.0 * rows + 9e3 * (rows % 5) for rows in (1, 4, 16, 64)}
     return {**plausible_operators(), "sampler": sampler, "mixed_attention": mixed}
+
+
+def expert_operators() -> Operators:
+    """Experts that saturate, and what ranks exchange for them."""
+    return {
+        "moe": {(tokens,): 2e5 + 4e4 * min(tokens, 30) + 300.0 * tokens for tokens in range(1, 65)},
+        "expert_exchange": {(tokens,): 9e4 + 70.0 * tokens for tokens in (1, 512)},
+    }
 
 
 def value_at(grid: Grid, *point: int) -> float:
@@ -73,8 +81,9 @@ def shapes(seed: int, count: int) -> list[StepQuery]:
         {"skew_mixed": 1.0, "host_ns_per_step": 300_000.0, "graph_capture_sizes": (1, 8, 64)},
     ],
 )
-def test_steps_with_measured_mixed_attention_equal_their_naive_twin(options: dict[str, Any]) -> None:
-    operators = extended_operators()
+@pytest.mark.parametrize("more", [{}, expert_operators()], ids=["dense", "experts"])
+def test_steps_with_measured_mixed_attention_equal_their_naive_twin(more: Operators, options: dict[str, Any]) -> None:
+    operators = extended_operators() | more
     oracle = open_composed(operators, **options)
     for step, query in enumerate(shapes(3, 600)):
         expected, support, distance, known = composed_answer(

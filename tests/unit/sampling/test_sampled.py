@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from builders import decode_query, mixed_query, plausible_samples, sample_columns
 from naive import sampled_answer
 from oracle_server.errors import BadStep, PackInvalid
+from oracle_server.sampling.answer import SUPPORT_EXACT
 from oracle_server.sampling.buckets import build_index
-from oracle_server.sampling.draws import engine_key
+from oracle_server.sampling.draws import draw, engine_key, index_below
 from oracle_server.sampling.sampled import SampledOptions, SampledOracle
 from oracle_server.sampling.shape import StepQuery
 
@@ -169,9 +170,27 @@ def test_a_step_without_tokens_is_refused() -> None:
         open_sampled().answer(mixed_query([]), KEY, 0)
 
 
-def test_a_sampled_pack_has_no_decode_record() -> None:
-    assert open_sampled().decode_record(4, 400, 100) is None
+@pytest.mark.parametrize("factor", [1.0, 1.37])
+def test_the_decode_record_is_the_exact_cell_in_the_order_it_is_drawn_from(factor: float) -> None:
+    for options in ({}, {"transition": True}, {"fixed_buckets": 3}, {"concurrency_bucket_width": 5}):
+        oracle = open_sampled(**options)
+        for requests in range(1, 80):
+            record = oracle.decode_record(requests, 100 * requests, 100, factor)
+            for step in range(20):
+                answer = oracle.answer(decode_query(requests, 100 * requests), KEY, step, factor)
+                assert (answer.support == SUPPORT_EXACT) is (record is not None)
+                if record is not None:
+                    drawn = record.latency_pool_ns[index_below(draw(KEY, step, 1, 0), len(record.latency_pool_ns))]
+                    assert answer == (drawn, record.support, record.distance, record.knowledge)
+                    assert record.not_after_prefill is options.get("transition", False)
     assert open_sampled().residual_pool == ()
+
+
+def test_a_cell_of_more_than_256_samples_is_no_decode_record() -> None:
+    prefill = (1, 9, 1, 9)
+    for count, is_record in ((256, True), (257, False)):
+        oracle = open_sampled(sample_columns([*[(0, 4, 4, 1001)] * count, prefill]))
+        assert (oracle.decode_record(4, 400, 100) is not None) is is_record
 
 
 @given(

@@ -17,6 +17,11 @@ def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
     assert read_config(environment, listen=["[::1]:5"], state_dir=Path("/b"), metrics="off") == ServerConfig(
         ("[::1]:5",), "off", Path("/b"), 5.0
     )
+    assert read_config({"STEP_ORACLE_SHARDS": "4"}).shards == 4
+    assert read_config({"STEP_ORACLE_SHARDS": "4"}, shards=2).shards == 2
+    assert read_config({}).leases
+    assert not read_config({}, leases=False).leases
+    assert not read_config({"STEP_ORACLE_LEASES": "0"}).leases
     assert read_config({"XDG_STATE_HOME": "/x"}).state_dir == Path("/x/step-oracle")
 
 
@@ -40,6 +45,10 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_DRAIN_SECONDS": "60"},
         {"STEP_ORACLE_DRAIN_SECONDS": "nan"},
         {"STEP_ORACLE_LISTEN": ","},
+        {"STEP_ORACLE_LEASES": "no"},
+        {"STEP_ORACLE_SHARDS": "0"},
+        {"STEP_ORACLE_SHARDS": "65"},
+        {"STEP_ORACLE_SHARDS": "two"},
     ],
 )
 def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:

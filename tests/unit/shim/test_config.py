@@ -16,6 +16,8 @@ def test_defaults_need_only_a_target() -> None:
     assert config.experiment == "tenants/default/experiments/default"
     assert config.engine_id.endswith(":9001")
     assert (config.budget_seconds, config.on_lost, config.wait) == (10.0, "fail", "hybrid")
+    assert config.leases
+    assert not read(LEASES="0").leases
     assert config.engine_labels == {}
     assert config.allow_mismatch == ()
 
@@ -49,6 +51,7 @@ def test_labels_and_lists_are_split() -> None:
         ({"BUDGET_SECONDS": "soon"}, "'soon'"),
         ({"BUDGET_SECONDS": "inf"}, "'inf'"),
         ({"ON_LOST": "guess"}, "fail, hold"),
+        ({"LEASES": "yes"}, "0, 1"),
         ({"WAIT": "busy"}, "hybrid, sleep, spin"),
         ({"TARGETS": "x"}, "unknown variable STEP_ORACLE_TARGETS"),
     ],

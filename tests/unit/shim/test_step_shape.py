@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vllm_shim.step_shape import ScheduledStep, StepReader
+from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
 
 
 def sampling(**changes: Any) -> Any:
@@ -50,7 +50,7 @@ def output(
     )
 
 
-def indices(step: ScheduledStep) -> dict[str, int]:
+def indices(step: ScheduledStep | DecodeStep) -> dict[str, int]:
     return {request.state.request_id: request.output_index for request in step.requests}
 
 

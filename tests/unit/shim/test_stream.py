@@ -14,7 +14,8 @@ from step_oracle.v1 import oracle_service_pb2 as pb
 from step_oracle.v1 import step_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import OracleLost
-from vllm_shim.stream import OracleStream, open_channel
+from vllm_shim.step_shape import DecodeStep
+from vllm_shim.stream import OracleStream, PendingStep, open_channel
 
 LATENCY_NS = 5_000_000
 
@@ -177,3 +178,135 @@ def test_counts_arrive_with_the_last_message() -> None:
     assert (counts.steps, counts.late_answers, counts.late_answer_ns) == (2, 1, 1_000)
     assert list(counts.lateness_buckets)[:5] == [0, 1, 0, 1, 0]
     assert counts.lateness_sum_ns == 85_000
+
+
+def granting(generation: int, latency_ns: int) -> Any:
+    """Answers that lease everything there is to lease."""
+
+    def answer(request: step_pb2.StepRequest) -> step_pb2.StepReply:
+        reply = step_pb2.StepReply(step_index=request.step_index, latency_ns=[latency_ns], generation=generation)
+        if not request.shape.prefill_chunks:
+            reply.lease.num_decode_requests = 1
+            reply.lease.context_tokens_end = reply.lease.max_context_tokens_end = 1 << 40
+            reply.lease.residual_pool.append(1.0)
+            reply.lease.intercept_ns, reply.lease.generation = latency_ns, generation
+        return reply
+
+    return answer
+
+
+def decode(stream: OracleStream, index: int) -> PendingStep:
+    one = DecodeStep([], [], [], 1, 100, 100, 0)
+    request = step(index)
+    request.shape.decode_context_tokens = request.shape.max_decode_context_tokens = 100
+    return stream.submit_decode(index, one, lambda: request)
+
+
+def prefill(index: int) -> step_pb2.StepRequest:
+    shape = step_pb2.StepShape(prefill_chunks=[step_pb2.PrefillChunk(num_tokens=3)], concurrency=1)
+    return step_pb2.StepRequest(step_index=index, shape=shape)
+
+
+def test_a_step_inside_a_lease_is_not_sent() -> None:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        replies = [stream.wait(decode(stream, i)) for i in range(5)]
+        assert [reply.latency_ns[0] for reply in replies] == [LATENCY_NS] * 5
+        assert [request.step_index for request in oracle.requests] == [0]
+
+
+def test_a_step_inside_a_cell_of_samples_is_answered_with_one_of_them() -> None:
+    def cell(request: step_pb2.StepRequest) -> step_pb2.StepReply:
+        reply: step_pb2.StepReply = granting(1, LATENCY_NS)(request)
+        reply.lease.ClearField("residual_pool")
+        reply.lease.latency_pool_ns.extend([70_000_001] * 256)
+        return reply
+
+    with ScriptedOracle(cell) as oracle, stream_to(oracle.target) as stream:
+        replies = [stream.wait(decode(stream, i)) for i in range(5)]
+        assert [reply.latency_ns[0] for reply in replies] == [LATENCY_NS, *[70_000_001] * 4]
+        assert [request.step_index for request in oracle.requests] == [0]
+
+
+def test_a_step_with_a_lease_waits_for_the_steps_before_it() -> None:
+    release = threading.Event()
+
+    def hold(message: pb.StreamStepsRequest, _: Any) -> None:
+        if message.steps and message.steps[0].shape.prefill_chunks:
+            release.wait(10)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle:
+        oracle.before_answer = hold
+        with stream_to(oracle.target) as stream:
+            stream.wait(decode(stream, 0))
+            asked = [stream.submit(prefill(1)), decode(stream, 2)]
+            assert not any(pending.is_answered() for pending in asked)
+            release.set()
+            assert [stream.wait(pending).step_index for pending in asked] == [1, 2]
+            assert asked[1].lease is not None
+        assert [request.step_index for request in oracle.requests] == [0, 1]
+
+
+def test_a_lease_is_given_up_where_a_step_before_brings_a_newer_generation() -> None:
+    release = threading.Event()
+
+    def swap(message: pb.StreamStepsRequest, _: Any) -> None:
+        if message.steps and message.steps[0].shape.prefill_chunks:
+            release.wait(10)
+            oracle.answer = granting(2, 2 * LATENCY_NS)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle:
+        oracle.before_answer = swap
+        with stream_to(oracle.target) as stream:
+            first = decode(stream, 0)
+            stream.wait(first)
+            asked = [first, stream.submit(prefill(1)), decode(stream, 2), decode(stream, 3)]
+            release.set()
+            replies = [stream.wait(pending) for pending in asked]
+            assert [(r.generation, r.latency_ns[0]) for r in replies] == [
+                (1, LATENCY_NS),
+                *[(2, 2 * LATENCY_NS)] * 3,
+            ]
+            assert [pending.lease for pending in asked] == [None] * 4
+            assert stream.wait(decode(stream, 4)).generation == 2
+        assert [request.step_index for request in oracle.requests] == [0, 1, 2, 3]
+
+
+def test_steps_that_wait_for_their_turn_are_sent_before_a_later_one() -> None:
+    release = threading.Event()
+
+    def hold(message: pb.StreamStepsRequest, _: Any) -> None:
+        if message.steps and message.steps[0].step_index == 1:
+            release.wait(10)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle:
+        oracle.before_answer = hold
+        with stream_to(oracle.target) as stream:
+            stream.wait(decode(stream, 0))
+            asked = [stream.submit(prefill(1)), decode(stream, 2), stream.submit(prefill(3))]
+            release.set()
+            assert [stream.wait(pending).step_index for pending in asked] == [1, 2, 3]
+        assert [request.step_index for request in oracle.requests] == [0, 1, 2, 3]
+
+
+def test_no_lease_answers_after_the_oracle_is_lost() -> None:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target, BUDGET_SECONDS="0.5") as stream:
+        stream.wait(decode(stream, 0))
+        assert decode(stream, 1).is_answered()
+        oracle._server.stop(None).wait()
+        with pytest.raises(OracleLost):
+            stream.wait(stream.submit(prefill(2)))
+        with pytest.raises(OracleLost):
+            stream.wait(decode(stream, 3))
+
+
+def test_counts_go_alone_once_a_second_while_nothing_is_sent() -> None:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        stream.wait(decode(stream, 0))
+        reply = stream.wait(decode(stream, 1))
+        stream.count_step(15_000, 0, reply)
+        end = time.monotonic() + 10
+        while not oracle.counts:
+            assert time.monotonic() < end, "no heartbeat"
+            time.sleep(0.05)
+        assert (oracle.counts[0].leased_steps, oracle.counts[0].last_leased_step_index) == (1, 1)
+        assert len(oracle.requests) == 1

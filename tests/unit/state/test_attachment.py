@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -51,6 +52,27 @@ async def test_an_id_is_held_for_thirty_seconds_without_a_stream(node: Node, dig
     assert await attach(node) == 2
 
 
+async def test_an_engine_that_hangs_up_while_its_stream_opens_leaves_its_id_free(node: Node, digest: str) -> None:
+    await attach(node)
+    async with node._records.changing:
+        opening = asyncio.create_task(node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), Stream()))
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    # Changes are made one after another: this one comes after the opening, whose undoing takes some turns of the loop.
+    await node.experiments.join(_nothing)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    record = node.experiments.find(NAME).engines["a"]
+    assert (record.stream, record.ended, record.closed) == (None, True, False)
+    assert await attach(node) == 2
+
+
+async def _nothing(rows: object) -> None:
+    """A follower that needs nothing."""
+
+
 async def test_an_open_stream_holds_the_id_for_ever(node: Node, digest: str, clock: Moves) -> None:
     stream = Stream()
     await attach(node)
@@ -59,7 +81,7 @@ async def test_an_open_stream_holds_the_id_for_ever(node: Node, digest: str, clo
     with pytest.raises(EngineIdTaken, match="has an open stream"):
         await attach(node)
     assert node.engines_of(live) == [record]
-    node.attachments.close_stream(record, stream, by_engine=False)
+    await node.attachments.close_stream(record, stream, by_engine=False)
     assert node.engines_of(live) == []
     assert await attach(node) == 2
 
@@ -70,7 +92,7 @@ async def test_the_end_of_a_replaced_stream_does_not_free_the_id(node: Node, dig
     _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), old)
     await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), new)
     assert len(old.ended) == 1
-    node.attachments.close_stream(record, old, by_engine=False)
+    await node.attachments.close_stream(record, old, by_engine=False)
     assert record.stream is new
 
 
@@ -81,11 +103,11 @@ async def test_engines_that_are_gone_are_forgotten_and_come_back_with_their_coun
     await attach(node)
     live, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), stream)
     record.counts.steps = 5
-    node.attachments.close_stream(record, stream, by_engine=False)
+    await node.attachments.close_stream(record, stream, by_engine=False)
     clock.seconds += 60
     _, again = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), stream)
     assert again.counts.steps == 5
-    node.attachments.close_stream(again, stream, by_engine=True)
+    await node.attachments.close_stream(again, stream, by_engine=True)
     clock.seconds += LINGER_SECONDS + 1
     await attach(node, EngineIdentity(NAME, "b", {}, "m", 1))
     assert set(live.engines) == {"b"}

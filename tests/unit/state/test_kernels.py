@@ -9,7 +9,7 @@ import pytest
 
 from builders import build_composed_pack, build_hybrid_pack, build_sampled_pack, decode_query, mixed_query
 from oracle_server import pack as packs
-from oracle_server.sampling import composed_kernels, hybrid_kernels, sampled
+from oracle_server.sampling import composed_kernels, hybrid_kernels, joint
 from oracle_server.state.kernels import warm_kernels
 
 
@@ -21,7 +21,7 @@ def compiled_variants() -> int:
         hybrid_kernels.decode_latency,
         hybrid_kernels.decode_piece,
         hybrid_kernels.mixed_latency,
-        sampled.draw_sample,
+        joint.draw_sample,
     ]
     return sum(len(kernel.signatures) for kernel in kernels)
 

@@ -1,0 +1,15 @@
+"""Entry point of a shard: `python -m oracle_server.shards TASK`. Its parent starts it; nobody else does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    # A signal to the process group or the unit is the parent's to act on: it drains its shards. Before anything heavy
+    # is imported, so that none comes too early.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from oracle_server.shards.shard import main
+
+    main(sys.argv[1])

@@ -1,0 +1,54 @@
+"""The counts of all processes of a server, summed at each scrape."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
+
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from oracle_server.rpc.metrics import Metrics, MetricsCollector
+from oracle_server.state.experiments import Experiments
+
+SCRAPE_SECONDS = 2.0
+
+
+class SummedCollector(Collector):
+    """Asks for the sum of all processes and turns it into metric families. Called on the scrape's thread."""
+
+    def __init__(
+        self,
+        total: Callable[[], Coroutine[Any, Any, Metrics]],
+        experiments: Experiments,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._total = total
+        self._experiments = experiments
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        """All families."""
+        metrics = asyncio.run_coroutine_threadsafe(self._total(), self._loop).result(SCRAPE_SECONDS)
+        return MetricsCollector(metrics, self._experiments).collect()
+
+
+def counts_of(metrics: Metrics) -> dict[str, Any]:
+    """The counts by name, as they are now."""
+    return {name: copy.copy(value) for name, value in vars(metrics).items()}
+
+
+def add_counts(total: Metrics, part: Mapping[str, Any]) -> None:
+    """Add numbers, lists element by element, tables key by key."""
+    for name, value in part.items():
+        known = getattr(total, name)
+        if isinstance(value, Mapping):
+            for key, count in value.items():
+                known[key] = known.get(key, 0) + count
+        elif isinstance(value, list):
+            for i, count in enumerate(value):
+                known[i] += count
+        else:
+            setattr(total, name, known + value)

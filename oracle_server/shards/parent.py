@@ -1,0 +1,102 @@
+"""The process of `serve --shards N`: owns the state, answers the control plane for its shards, answers no step."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+
+from oracle_server.config import ServerConfig
+from oracle_server.errors import StoreFailed
+from oracle_server.logs import configure
+from oracle_server.rpc.metrics import Metrics
+from oracle_server.server import add_services, address_of, bind, options, serve_metrics
+from oracle_server.shards.addresses import Reservation
+from oracle_server.shards.calls import handler_of
+from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
+from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, ShardTask
+from oracle_server.shards.pool import ShardPool
+from oracle_server.shards.streams import ShardStreams
+from oracle_server.state.node import Node
+
+# Length of a Unix socket's path, its closing zero apart.
+_PATH_BYTES = 107
+
+
+async def serve_sharded(config: ServerConfig) -> int:
+    """Run until SIGTERM or SIGINT; the exit status. StoreFailed where it cannot start."""
+    metrics = Metrics()
+    events, log_writer = configure(metrics.count_dropped_line)
+    socket = _socket_path(config)
+    reservation = Reservation(config.listen)
+
+    def task_of(shard: int, process: int) -> ShardTask:
+        listen, state_dir = reservation.of_shard(shard), str(config.state_dir)
+        return ShardTask(
+            shard, process, listen, state_dir, config.leases, f"unix:{socket}", f"unix:{_of_shard(socket, shard)}"
+        )
+
+    async def total() -> Metrics:
+        await pool.count()
+        total = Metrics()
+        add_counts(total, counts_of(metrics))
+        pool.add_to(total)
+        return total
+
+    pool = ShardPool(config.shards, task_of, events)
+    node = Node(config.state_dir, followers=pool)
+    streams = ShardStreams(node)
+    server = grpc.aio.server(options=options())
+    add_services(server, node, metrics, events, leases=config.leases)
+    server.add_generic_rpc_handlers(
+        (handler_of([(OPEN_STREAM, streams.open), (CLOSE_STREAM, streams.close), (FIND_TENANT, streams.find_tenant)]),)
+    )
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    metrics_server = None
+    try:
+        metrics_server = serve_metrics(config, SummedCollector(total, node.experiments, loop))
+        bind(server, (f"unix:{socket}",))
+        await server.start()
+        pool.start()
+        events.info("started", listen=reservation.addresses, state_dir=str(config.state_dir), pid=os.getpid())
+        compiled = await node.open()
+        addresses = ", ".join(await pool.join(node, streams))
+        metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])
+        events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled), shards=config.shards)
+        print(f"step-oracle: ready at {addresses}; metrics {metrics_address}; state {config.state_dir}", flush=True)
+        await stop.wait()
+    finally:
+        node.experiments.drain()
+        await pool.drain(config.drain_seconds)
+        await server.stop(0)
+        await node.close()
+        reservation.close()
+        if metrics_server is not None:
+            metrics_server[0].shutdown()
+        for path in (socket, *(_of_shard(socket, shard) for shard in range(config.shards))):
+            path.unlink(missing_ok=True)
+    events.info("drained", steps=sum((await total()).steps))
+    await asyncio.to_thread(log_writer.close)
+    return 0
+
+
+def _socket_path(config: ServerConfig) -> Path:
+    """Where the parent answers its shards: in the state folder, which has one parent at a time."""
+    path = config.state_dir.absolute() / "parent.sock"
+    length = len(os.fsencode(_of_shard(path, config.shards)))
+    if length > _PATH_BYTES:
+        raise StoreFailed(
+            f"the path {path} is too long for the sockets of the shards ({length} bytes, allowed: {_PATH_BYTES}); give "
+            "a shorter --state-dir, or no --shards"
+        )
+    return path
+
+
+def _of_shard(path: Path, shard: int) -> Path:
+    return path.with_name(f"{path.name}.{shard}")
