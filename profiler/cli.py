@@ -1,7 +1,7 @@
 """The command `step-oracle`: dispatch first, imports as late as they can be.
 
 `doctor` and `vllm-install` run before anything beyond the standard library is imported, since the environments they
-look at or build need not have it.
+look at or build need not have it; `capture` runs beside a vLLM that has the core distribution alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-_STANDARD_LIBRARY_COMMANDS = ("doctor", "vllm-install")
+_STANDARD_LIBRARY_COMMANDS = ("doctor", "vllm-install", "capture")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from oracle_server.cli import app as server
-    from profiler.commands import app as profiler
+    from profiler.commands import PARTS
 
     root = typer.Typer(
         name="step-oracle",
@@ -67,7 +67,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     groups: dict[str, typer.Typer] = {}
-    for part in (server, profiler):
+    for part in (server, *PARTS):
         root.registered_commands.extend(part.registered_commands)
         for info in part.registered_groups:
             instance = info.typer_instance
@@ -86,11 +86,15 @@ def build_app() -> typer.Typer:
 
 
 def standard_library_main(name: str, arguments: list[str]) -> int:
-    """Runs `doctor` or `vllm-install`."""
+    """Runs `doctor`, `vllm-install` or `capture`."""
     if name == "doctor":
         from oracle_server import doctor
 
         return doctor.main(arguments)
+    if name == "capture":
+        from profiler.capture import command
+
+        return command.main(arguments)
     from oracle_server import vllm_install
 
     return vllm_install.main(arguments)

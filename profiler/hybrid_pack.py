@@ -64,9 +64,14 @@ def fit(request: FitRequest) -> Fit:
 
 def write_fit(fitted: Fit, directory: Path, *, created: datetime | None = None) -> str:
     """Writes the fitted model as a hybrid pack into `directory`, which must not exist, and returns its digest."""
+    return write_manifest(fitted, manifest_of(fitted, created or datetime.now(UTC)), directory)
+
+
+def write_manifest(fitted: Fit, manifest: pack.Manifest, directory: Path) -> str:
+    """Write the fitted model under a manifest that may say more than `manifest_of`; returns the digest."""
     return pack.write_pack(
         directory,
-        _manifest(fitted, created or datetime.now(UTC)),
+        manifest,
         model=long_form(fitted.model.arrays),
         residuals={"ratio": fitted.model.residuals.astype(np.float32)},
     )
@@ -102,7 +107,8 @@ def _kv_cache(request: FitRequest, file: SampleFile) -> pack.KvCache:
     )
 
 
-def _manifest(fitted: Fit, created: datetime) -> pack.Manifest:
+def manifest_of(fitted: Fit, created: datetime) -> pack.Manifest:
+    """What the request and the samples say of the pack."""
     request, model, steps = fitted.request, fitted.model, fitted.file.steps
     options = model.options
     decode = steps.take(~steps.mixed)

@@ -108,7 +108,7 @@ def _read_columns(path: Path) -> dict[str, list[Any]]:
 
     if path.suffix.lower() == ".csv":
         with path.open(newline="") as file:
-            names = file.readline().strip().split(",")
+            names = [name.strip('"') for name in file.readline().strip().split(",")]
         chunk_columns = [name for name in names if name.startswith("prefill_chunk_")]
         options = pyarrow.csv.ConvertOptions(
             column_types={name: pa.string() for name in chunk_columns}, strings_can_be_null=False

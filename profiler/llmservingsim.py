@@ -7,19 +7,17 @@ all of them in DIR. Where `DIR/run` holds a measured run, its meta.json gives de
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from oracle_server import pack
 from oracle_server.errors import FailedPrecondition, InvalidArgument
-from oracle_server.sampling.answer import KNOWLEDGE_MODELLED
-from oracle_server.sampling.grids import OPERATOR_AXES
+from profiler.llmservingsim_experts import expert_operator
+from profiler.llmservingsim_link import RingLink, all_reduce_operator, bundled_link, expert_exchange_operator
+from profiler.llmservingsim_run import MOST_BYTES, device_of, kv_cache_of, positive_count, read_json, sub_mapping
 from profiler.llmservingsim_tables import (
     DeclaredGrid,
     Skew,
@@ -32,24 +30,10 @@ from profiler.llmservingsim_tables import (
 from profiler.model_config import ModelConfig, read_model_config_file
 from profiler.operators import Operator
 
-_MOST_BYTES = 16 << 20
 _TABLES = ("dense.csv", "per_sequence.csv", "attention.csv")
+_EXPERTS = "moe.csv"
 _MOST_MEMORY_BYTES = 1 << 50
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class RingLink:
-    """One link of a ring of devices: its bandwidth in one direction and the latency of one hop."""
-
-    bytes_per_s: float
-    latency_s: float
-    source: str
-
-    def all_reduce_ns(self, ranks: int, message_bytes: int) -> float:
-        """2 (p - 1) hops, each with a p-th of the message (Patarasuk and Yuan 2009)."""
-        hops = 2 * (ranks - 1)
-        return 1e9 * hops * (self.latency_s + message_bytes / ranks / self.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -96,11 +80,12 @@ def read_bundle(request: ImportRequest) -> Bundle:
     _check_sizes(request)
     folder, meta = _folder(request)
     run_folder = request.directory / "run"
-    run = _json(run_folder / "meta.json")
-    simulator = _json(run_folder / "simulator_config.json")
+    run = read_json(run_folder / "meta.json")
+    simulator = read_json(run_folder / "simulator_config.json")
     model = read_model_config_file(request.model_config)
     _check_tensor_parallel(request, folder, meta, run, model)
     _check_model(model, meta, folder)
+    experts = _experts_file(request, model, folder)
 
     effective = sub_mapping(meta, "engine_effective")
     most_tokens = positive_count(effective, "max_num_batched_tokens")
@@ -108,13 +93,12 @@ def read_bundle(request: ImportRequest) -> Bundle:
     operators = dense_operators(
         folder / "dense.csv",
         model.num_layers,
+        num_moe_layers=model.num_moe_layers,
         has_qk_norm=True if model.shape.startswith("Qwen3") else None,
         most_tokens=most_tokens,
     )
-    link = None
-    if request.tensor_parallel > 1:
-        link = request.link or _bundled_link(simulator)
-        operators.append(_all_reduce(link, model, request.tensor_parallel, operators[0].points[0]))
+    link = _link(request, model, simulator)
+    operators += _rank_operators(request, model, link, experts, operators[0].points[0], most_tokens)
     operators += sequence_operators(folder / "per_sequence.csv", most_sequences=most_sequences)
     operators += attention_operators(
         folder / "attention.csv", model.num_layers, _declared_grid(meta), most_sequences=most_sequences
@@ -122,6 +106,7 @@ def read_bundle(request: ImportRequest) -> Bundle:
     skew_file = folder / "skew.csv"
     skew = skew_coefficients(skew_file) if skew_file.is_file() else None
     files = [folder / name for name in (*_TABLES, "skew.csv")] + [_meta_path(folder), run_folder / "meta.json"]
+    files += [experts] if experts else []
     return Bundle(
         request=request,
         model=model,
@@ -130,8 +115,8 @@ def read_bundle(request: ImportRequest) -> Bundle:
         operators=tuple(operators),
         skew=skew,
         link=link,
-        device=_device(request, meta, run, simulator),
-        kv_cache=_kv_cache(request, model, effective, run),
+        device=device_of(request, meta, run, simulator),
+        kv_cache=kv_cache_of(request, model, effective, run),
         digests={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()},
     )
 
@@ -145,14 +130,10 @@ def _check_sizes(request: ImportRequest) -> None:
         if value < 1:
             raise InvalidArgument(f"--{field} is {value}; it has to be at least 1", field=field)
     if request.link is not None:
-        if request.tensor_parallel == 1:
-            raise InvalidArgument("a link joins tensor-parallel ranks; with --tp 1 there is none", field="link")
+        if request.tensor_parallel == request.data_parallel == 1:
+            raise InvalidArgument("a link joins ranks; with --tp 1 and --dp 1 there is one only", field="link")
         if not (request.link.bytes_per_s > 0 and request.link.latency_s >= 0):
             raise InvalidArgument("a link needs a bandwidth above 0 and a latency of at least 0", field="link")
-    if request.expert_parallel > 1:
-        raise InvalidArgument(
-            "expert parallelism needs tables of experts; this import reads dense models only", field="ep"
-        )
     memory = request.device_memory_bytes
     if memory is not None and not 1 <= memory <= _MOST_MEMORY_BYTES:
         raise InvalidArgument(
@@ -184,12 +165,6 @@ def _folder(request: ImportRequest) -> tuple[Path, Mapping[str, Any]]:
             + (f"; there is {', '.join(others)}" if others else ""),
             field="directory",
         )
-    if (folder / "moe.csv").is_file():
-        raise InvalidArgument(
-            "the bundle has moe.csv: mixture-of-experts tables are not imported, because how a step uses them is not "
-            "documented with the data",
-            field="moe.csv",
-        )
     path = _meta_path(folder)
     if not path.is_file():
         raise InvalidArgument(f"the bundle has no meta.yaml ({path})", field="meta.yaml")
@@ -197,7 +172,7 @@ def _folder(request: ImportRequest) -> tuple[Path, Mapping[str, Any]]:
         import yaml  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise FailedPrecondition("meta.yaml needs PyYAML: pip install 'step-oracle[profiler]'") from error
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > MOST_BYTES:
         raise InvalidArgument(f"{path} is larger than 16 MiB", field="meta.yaml")
     try:
         meta = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -215,10 +190,6 @@ def _meta_path(folder: Path) -> Path:
 
 def _check_model(model: ModelConfig, meta: Mapping[str, Any], folder: Path) -> None:
     """The config is that of the profiled model: the profiler states a rank's dimensions, which scale with its TP."""
-    if model.num_experts:
-        raise InvalidArgument(
-            f"the model has {model.num_experts} experts; this import reads dense models only", field="model_config"
-        )
     variant = str(meta.get("variant", ""))
     if _DTYPES.get(variant, model.dtype) != model.dtype:
         raise InvalidArgument(
@@ -284,130 +255,83 @@ def _check_tensor_parallel(
         )
 
 
+def _experts_file(request: ImportRequest, model: ModelConfig, folder: Path) -> Path | None:
+    """moe.csv of a model with experts; those are whole, so the table of one tensor-parallel rank is that of all."""
+    places = [folder / _EXPERTS, folder.parent / "tp1" / _EXPERTS]
+    found = next((path for path in places if path.is_file()), None)
+    ranks = request.tensor_parallel * request.data_parallel
+    if not model.num_experts:
+        if found is not None:
+            raise InvalidArgument(
+                f"the bundle has {_EXPERTS}, but the config of {model.directory.name} names no experts",
+                field="model_config",
+            )
+        if request.expert_parallel > 1:
+            raise InvalidArgument(f"--ep {request.expert_parallel}, but the model has no experts", field="ep")
+        return None
+    if found is None:
+        raise InvalidArgument(
+            f"the model has {model.num_experts} experts, but the bundle has no {_EXPERTS} ({places[0]})", field=_EXPERTS
+        )
+    if not 0 < model.experts_per_token <= model.num_experts or not model.num_moe_layers:
+        raise InvalidArgument(
+            f"the config of {model.directory.name} does not say which of {model.num_experts} experts run: "
+            f"{model.experts_per_token} a token in {model.num_moe_layers} layers",
+            field="model_config",
+        )
+    if request.expert_parallel != ranks:
+        raise InvalidArgument(
+            f"--ep {request.expert_parallel} with --tp {request.tensor_parallel} --dp {request.data_parallel}: "
+            f"{_EXPERTS} times whole experts, which --enable-expert-parallel spreads over all ranks; give --ep {ranks}",
+            field="ep",
+        )
+    if model.num_experts % ranks:
+        raise InvalidArgument(f"{model.num_experts} experts cannot be spread over --ep {ranks}", field="ep")
+    if model.has_shared_experts and ranks > 1:
+        raise InvalidArgument(
+            f"the model has shared experts, which every rank runs on its own tokens; {_EXPERTS} times them together "
+            "with the others, which stands for one rank only: give --tp 1 --dp 1",
+            field="model_config",
+        )
+    return found
+
+
+def _link(request: ImportRequest, model: ModelConfig, simulator: Mapping[str, Any]) -> RingLink | None:
+    """The link between ranks, where any exchange something: those of a dense model do within tensor parallelism."""
+    if request.tensor_parallel > 1 or (request.data_parallel > 1 and model.num_experts):
+        return request.link or bundled_link(simulator)
+    if request.link is not None:
+        raise InvalidArgument(
+            "data-parallel ranks of a dense model exchange nothing: leave the link away", field="link"
+        )
+    return None
+
+
+def _rank_operators(
+    request: ImportRequest,
+    model: ModelConfig,
+    link: RingLink | None,
+    experts: Path | None,
+    tokens: tuple[int, ...],
+    most_tokens: int,
+) -> list[Operator]:
+    """What ranks do together: all-reduce, experts, and the exchange of tokens around them."""
+    tensor, data = request.tensor_parallel, request.data_parallel
+    operators = []
+    if link is not None and tensor > 1:
+        operators.append(all_reduce_operator(link, model, tensor, data, tokens))
+    if experts is not None:
+        operators.append(
+            expert_operator(experts, model, tensor_parallel=tensor, data_parallel=data, most_tokens=most_tokens)
+        )
+    if link is not None and experts is not None and data > 1:
+        operators.append(expert_exchange_operator(link, model, tensor, data, tokens))
+    return operators
+
+
 def _declared_grid(meta: Mapping[str, Any]) -> DeclaredGrid:
     grid = sub_mapping(meta, "attention_grid")
     chunks, requests, contexts = (
         parse_axis(str(grid[name])) if grid.get(name) else () for name in ("chunks", "n_decode", "kv")
     )
     return DeclaredGrid(chunks, requests, contexts)
-
-
-def _bundled_link(simulator: Mapping[str, Any]) -> RingLink:
-    """The link the bundle's own simulation used: gigabytes per second and nanoseconds."""
-    bandwidth, latency = simulator.get("link_bw"), simulator.get("link_latency")
-    if not (isinstance(bandwidth, int | float) and isinstance(latency, int | float) and bandwidth > 0 <= latency):
-        raise InvalidArgument(
-            "the tables hold no communication between tensor-parallel ranks, and the bundle names no link: give "
-            "--link-gbytes-per-s and --link-latency-us",
-            field="link",
-        )
-    return RingLink(bandwidth * 1e9, latency * 1e-9, "link_bw and link_latency of the bundle's simulator_config.json")
-
-
-def _all_reduce(link: RingLink, model: ModelConfig, ranks: int, tokens: Sequence[int]) -> Operator:
-    """Two in each layer, after attention and after the feed-forward part; activations are 16 bit."""
-    ends = (tokens[0], tokens[-1])
-    values = [2 * model.num_layers * link.all_reduce_ns(ranks, count * model.hidden_size * 2) for count in ends]
-    return Operator(
-        "all_reduce",
-        OPERATOR_AXES["all_reduce"],
-        "communication",
-        (ends,),
-        np.array(values),
-        np.full(2, KNOWLEDGE_MODELLED, dtype=np.int8),
-    )
-
-
-def _device(
-    request: ImportRequest, meta: Mapping[str, Any], run: Mapping[str, Any], simulator: Mapping[str, Any]
-) -> pack.Device:
-    hardware = sub_mapping(run, "hardware")
-    memory = (
-        request.device_memory_bytes
-        or positive_count(hardware, "device_total_memory_bytes")
-        or _nominal_memory_bytes(simulator)
-    )
-    if not memory:
-        raise InvalidArgument(
-            "the bundle does not say how much memory the device has; give --device-memory-gib", field="device_memory"
-        )
-    capability = re.fullmatch(r"(\d+)\.(\d+)", str(hardware.get("device_capability") or ""))
-    return pack.Device(
-        name=str(hardware.get("device_name") or meta.get("gpu") or meta.get("hardware") or "unknown"),
-        memory_bytes=int(memory),
-        capability_major=int(capability[1]) if capability else 0,
-        capability_minor=int(capability[2]) if capability else 0,
-        count=request.tensor_parallel,
-    )
-
-
-def _nominal_memory_bytes(simulator: Mapping[str, Any]) -> int:
-    """npu_mem.mem_size of the first instance, in GiB."""
-    try:
-        size = simulator["nodes"][0]["instances"][0]["npu_mem"]["mem_size"]
-    except (KeyError, IndexError, TypeError):
-        return 0
-    return int(size * 2**30) if isinstance(size, int | float) and 0 < size < 2**20 else 0
-
-
-def _kv_cache(
-    request: ImportRequest, model: ModelConfig, effective: Mapping[str, Any], run: Mapping[str, Any]
-) -> pack.KvCache:
-    """The count of a run of this very configuration is measured; a given one is what the user says it is."""
-    ranks = positive_count(sub_mapping(run, "engine_kwargs"), "tensor_parallel_size") or request.tensor_parallel
-    if ranks != request.tensor_parallel:
-        run = {}
-    ran = sub_mapping(run, "kv_cache")
-    measured = positive_count(ran, "num_gpu_blocks") or positive_count(
-        sub_mapping(sub_mapping(run, "resolved_config"), "cache_config"), "num_gpu_blocks"
-    )
-    block_size = positive_count(ran, "block_size") or positive_count(effective, "block_size") or 16
-    per_token = model.kv_bytes_per_token_of_rank(request.tensor_parallel)
-    basis: Literal["measured", "assumed"] = "measured"
-    if request.kv_blocks_assumed is not None:
-        blocks, basis, source = request.kv_blocks_assumed, "assumed", "assumed by whoever imported the bundle"
-    elif request.kv_blocks is not None:
-        if measured and measured != request.kv_blocks:
-            raise InvalidArgument(
-                f"--kv-blocks {request.kv_blocks}, but the bundle's run had {measured}; to try another count give "
-                "--kv-blocks-assumed",
-                field="kv_blocks",
-            )
-        blocks, source = request.kv_blocks, "logged by an engine, given to the import"
-    elif measured:
-        blocks, source = measured, "kv_cache of the bundle's run/meta.json"
-    else:
-        raise InvalidArgument(
-            "the bundle does not say how many KV blocks an engine had, and without them a run's queueing is wrong (31 "
-            "% too many: TPOT +18 %); give --kv-blocks, vLLM logs the count at its start, or --kv-blocks-assumed",
-            field="kv_blocks",
-        )
-    if blocks < 1:
-        raise InvalidArgument(f"{blocks} KV blocks; at least 1 is needed", field="kv_blocks")
-    return pack.KvCache(blocks=blocks, block_size=block_size, bytes_per_token=per_token, basis=basis, source=source)
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _MOST_BYTES:
-        raise InvalidArgument(f"{path} is larger than 16 MiB", field=path.name)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path} is not JSON: {error}", field=path.name) from error
-    if not isinstance(document, dict):
-        raise InvalidArgument(f"{path} is not a JSON object", field=path.name)
-    return document
-
-
-def sub_mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def positive_count(values: Mapping[str, Any], key: str) -> int:
-    """A positive integer; 0 where it is absent or something else."""
-    value = values.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from oracle_server import pack
-from profiler.llmservingsim import Bundle, positive_count, sub_mapping
-from profiler.operators import Operator, columns_of
+from profiler.llmservingsim import Bundle
+from profiler.llmservingsim_run import positive_count, sub_mapping
+from profiler.operators import Operator, columns_of, manifest_operators
 
 
 def write_bundle(bundle: Bundle, directory: Path, *, created: datetime | None = None) -> str:
@@ -40,16 +41,7 @@ def _manifest(bundle: Bundle, created: datetime) -> pack.Manifest:
         kv_cache=bundle.kv_cache,
         latency=pack.Latency(
             composed=pack.ComposedLatency(
-                operators=tuple(
-                    pack.Operator(
-                        id=number,
-                        name=operator.name,
-                        axes=operator.axes,
-                        group=operator.group,
-                        knowledge=operator.summary(),
-                    )
-                    for number, operator in enumerate(bundle.operators)
-                ),
+                operators=manifest_operators(bundle.operators),
                 skew_decode=decode.coefficient if decode else 0.0,
                 skew_mixed=mixed.coefficient if mixed else 0.0,
                 # The smallest prefill, what a further one does not pay again.
@@ -94,15 +86,17 @@ def _corrections(bundle: Bundle) -> tuple[pack.Correction, ...]:
             )
             found.append(pack.Correction(name=name, value=skew.coefficient, reason=reason, source=source))
     if bundle.link is not None:
-        reason = (
-            f"ring all-reduce twice a layer over {request.tensor_parallel} ranks, "
-            f"{bundle.link.latency_s * 1e6:g} us a hop; the tables hold no communication"
-        )
         found.append(
             pack.Correction(
-                name="link_gbytes_per_s", value=bundle.link.bytes_per_s / 1e9, reason=reason, source=bundle.link.source
+                name="link_gbytes_per_s",
+                value=bundle.link.bytes_per_s / 1e9,
+                reason=f"{_exchanges(bundle)}, {bundle.link.latency_s * 1e6:g} us a hop; the tables hold no "
+                "communication",
+                source=bundle.link.source,
             )
         )
+    if bundle.model.num_experts:
+        found.append(_routing(bundle))
     for name, value in (
         ("host_ns_per_step", request.host_ns_per_step),
         ("host_ns_per_sequence", request.host_ns_per_sequence),
@@ -111,6 +105,32 @@ def _corrections(bundle: Bundle) -> tuple[pack.Correction, ...]:
             reason = "time of the host that no operator of the device hides"
             found.append(pack.Correction(name=name, value=value, reason=reason, source="given to the import"))
     return tuple(found)
+
+
+def _exchanges(bundle: Bundle) -> str:
+    """What goes over the link."""
+    request = bundle.request
+    kinds = []
+    if request.tensor_parallel > 1:
+        kinds.append(f"ring all-reduce over {request.tensor_parallel} ranks in each layer")
+    if request.data_parallel > 1:
+        kinds.append(f"all-gather and reduce-scatter of tokens over {request.expert_parallel} ranks in each MoE layer")
+    return " and ".join(kinds)
+
+
+def _routing(bundle: Bundle) -> pack.Correction:
+    """How many experts a step reaches is nowhere measured."""
+    model, request = bundle.model, bundle.request
+    tokens = "T" if request.data_parallel == 1 else f"{request.data_parallel} T"
+    held = model.num_experts // request.expert_parallel
+    others = "" if request.data_parallel == 1 else "; the other data-parallel ranks have as many tokens"
+    return pack.Correction(
+        name="experts_per_token",
+        value=float(model.experts_per_token),
+        reason=f"balanced routing assumed: a step of T tokens reaches {held} (1 - (1 - {model.experts_per_token} / "
+        f"{model.num_experts})^({tokens})) of the {held} experts of a rank; trained routers reach fewer{others}",
+        source="assumed; the number is num_experts_per_tok of config.json",
+    )
 
 
 def _coverage(operators: Mapping[str, Operator]) -> dict[str, str | int | float | bool]:
@@ -143,6 +163,11 @@ def _provenance(bundle: Bundle) -> dict[str, str]:
         entries["skew"] = "the bundle has no skew.csv: uneven contexts cost what their mean costs"
     elif sub_mapping(meta, "skew_profile").get("enabled") is False:
         entries["skew"] = "meta.yaml says that skew was not profiled, yet skew.csv holds rows; they are used"
-    if bundle.request.tensor_parallel > 1:
+    names = {operator.name for operator in bundle.operators}
+    if "all_reduce" in names:
         entries["all_reduce"] = "modelled as a ring; no collective was measured"
+    if "moe" in names:
+        entries["moe"] = "moe.csv at the number of experts that balanced routing reaches, at every number of tokens"
+    if "expert_exchange" in names:
+        entries["expert_exchange"] = "modelled as rings; no collective was measured"
     return entries | {f"sha256 {name}": digest for name, digest in sorted(bundle.digests.items())}

@@ -7,7 +7,6 @@ silently is a latency nobody measured.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,19 +19,20 @@ import numpy as np
 from oracle_server.errors import InvalidArgument
 from oracle_server.sampling.answer import KNOWLEDGE_MEASURED
 from oracle_server.sampling.grids import OPERATOR_AXES
+from profiler.llmservingsim_csv import coordinate_of, rows_of, time_us_of
 from profiler.operators import Operator
 
 # Layers of dense.csv -> how often each decoder layer runs them; the two at the ends of the model run once a step.
-_GEMM = {"qkv_proj": 1, "o_proj": 1, "gate_up_proj": 1, "down_proj": 1}
-_ELEMENTWISE = {"layernorm": 2, "rotary_emb": 1, "act_fn": 1}
+_GEMM = {"qkv_proj": 1, "o_proj": 1}
+_ELEMENTWISE = {"layernorm": 2, "rotary_emb": 1}
+# Layers without experts have these too.
+_DENSE_GEMM = ("gate_up_proj", "down_proj")
+_DENSE_ELEMENTWISE = ("act_fn",)
 _ONCE = ("embedding", "final_layernorm")
 # Normalizes queries and keys; only some models have it.
 _QK_NORM = "qk_norm"
 _PER_SEQUENCE = {"lm_head": "logits", "sampler": "sampler"}
 
-_MOST_ROWS = 2_000_000
-_LARGEST_COORDINATE = 1 << 31
-_LARGEST_US = 600e6
 _SKEW_COLUMNS = ("regime", "t_mean_us", "t_max_us", "t_skew_us")
 _ATTENTION_COLUMNS = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 _AXIS = re.compile(r"(?:(0),)?(\d+)-(\d+)x(\d+(?:\.\d+)?)")
@@ -77,22 +77,27 @@ def parse_axis(text: str) -> tuple[int, ...]:
 
 
 def dense_operators(
-    path: Path, num_layers: int, *, has_qk_norm: bool | None = None, most_tokens: int = 0
+    path: Path, num_layers: int, *, num_moe_layers: int = 0, has_qk_norm: bool | None = None, most_tokens: int = 0
 ) -> list[Operator]:
     """dense_gemm and dense_elementwise from dense.csv; `most_tokens` is what the table has to reach (0: any).
 
-    `has_qk_norm` None: as the table has it.
+    `num_moe_layers` of the layers have experts in place of a dense feed-forward part. `has_qk_norm` None: as the table
+    has it.
     """
     layers = _layers(path, "tokens")
-    needed = [*_GEMM, *_ELEMENTWISE, *_ONCE, *([_QK_NORM] if has_qk_norm else [])]
+    num_dense = num_layers - num_moe_layers
+    gemm = {name: num_layers * count for name, count in _GEMM.items()}
+    elementwise = {name: num_layers * count for name, count in _ELEMENTWISE.items()} | dict.fromkeys(_ONCE, 1)
+    if num_dense:
+        gemm |= dict.fromkeys(_DENSE_GEMM, num_dense)
+        elementwise |= dict.fromkeys(_DENSE_ELEMENTWISE, num_dense)
+    needed = [*gemm, *elementwise, *([_QK_NORM] if has_qk_norm else [])]
     _check_layers(path, layers, needed, optional=[] if has_qk_norm is False else [_QK_NORM])
     axis = _common_axis(path, layers, "tokens", most_tokens)
 
     def summed(counts: Mapping[str, int]) -> list[float]:
         return [math.fsum(1e3 * count * layers[name][x] for name, count in counts.items()) for x in axis]
 
-    gemm = {name: num_layers * count for name, count in _GEMM.items()}
-    elementwise = {name: num_layers * count for name, count in _ELEMENTWISE.items()} | dict.fromkeys(_ONCE, 1)
     if _QK_NORM in layers:
         elementwise[_QK_NORM] = num_layers
     return [
@@ -153,12 +158,12 @@ def skew_coefficients(path: Path) -> tuple[Skew, Skew]:
     (about three times as long: sums over the iterations), so nothing but their ratios is used.
     """
     sums = {"pure": [0.0, 0.0, 0.0, 0.0], "mixed": [0.0, 0.0, 0.0, 0.0]}
-    for line, row in _rows(path, _SKEW_COLUMNS):
+    for line, row in rows_of(path, _SKEW_COLUMNS):
         where = f"{path.name}, line {line}"
         regime = row["regime"]
         if regime not in sums:
             raise InvalidArgument(f"{where}: the regime {regime!r} is neither pure nor mixed", field=path.name)
-        mean, longest, skewed = (_time_us(where, name, row[name]) for name in _SKEW_COLUMNS[1:])
+        mean, longest, skewed = (time_us_of(where, name, row[name]) for name in _SKEW_COLUMNS[1:])
         spread, added = (longest - mean) / mean, (skewed - mean) / mean
         if spread > 0.0:
             for index, value in enumerate((added * spread, spread * spread, added * added, 1.0)):
@@ -233,9 +238,9 @@ def _text(point: _Point) -> str:
 def _attention(path: Path) -> dict[_Point, float]:
     table: dict[_Point, float] = {}
     lines: dict[_Point, int] = {}
-    for line, row in _rows(path, (*_ATTENTION_COLUMNS, "time_us")):
+    for line, row in rows_of(path, (*_ATTENTION_COLUMNS, "time_us")):
         where = f"{path.name}, line {line}"
-        chunk, history, requests, context = (_coordinate(where, name, row[name]) for name in _ATTENTION_COLUMNS)
+        chunk, history, requests, context = (coordinate_of(where, name, row[name]) for name in _ATTENTION_COLUMNS)
         point = chunk, history, requests, context
         if (history and not chunk) or (context and not requests) or not (chunk or requests):
             raise InvalidArgument(f"{where}: {_text(point)} is no batch", field=path.name)
@@ -243,7 +248,7 @@ def _attention(path: Path) -> dict[_Point, float]:
             raise InvalidArgument(
                 f"{where}: {_text(point)} is given twice, first in line {lines[point]}", field=path.name
             )
-        table[point] = _time_us(where, "time_us", row["time_us"])
+        table[point] = time_us_of(where, "time_us", row["time_us"])
         lines[point] = line
     return table
 
@@ -252,9 +257,9 @@ def _layers(path: Path, coordinate: str) -> dict[str, dict[int, float]]:
     """Layer -> coordinate -> microseconds."""
     layers: dict[str, dict[int, float]] = {}
     lines: dict[tuple[str, int], int] = {}
-    for line, row in _rows(path, ("layer", coordinate, "time_us")):
+    for line, row in rows_of(path, ("layer", coordinate, "time_us")):
         where = f"{path.name}, line {line}"
-        name, x = row["layer"], _coordinate(where, coordinate, row[coordinate])
+        name, x = row["layer"], coordinate_of(where, coordinate, row[coordinate])
         if x < 1:
             raise InvalidArgument(f"{where}: {coordinate} is {x}; at least 1 is needed", field=path.name)
         if (name, x) in lines:
@@ -262,7 +267,7 @@ def _layers(path: Path, coordinate: str) -> dict[str, dict[int, float]]:
                 f"{where}: {name} at {x} {coordinate} is given twice, first in line {lines[name, x]}", field=path.name
             )
         lines[name, x] = line
-        layers.setdefault(name, {})[x] = _time_us(where, "time_us", row["time_us"])
+        layers.setdefault(name, {})[x] = time_us_of(where, "time_us", row["time_us"])
     return layers
 
 
@@ -302,51 +307,3 @@ def _common_axis(path: Path, layers: Mapping[str, Mapping[int, float]], coordina
             field=path.name,
         )
     return tuple(points)
-
-
-def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Line number and the asked columns of each row."""
-    if not path.is_file():
-        raise InvalidArgument(f"the bundle has no {path.name} ({path})", field=path.name)
-    rows = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            absent = [name for name in columns if name not in (reader.fieldnames or ())]
-            if absent:
-                raise InvalidArgument(
-                    f"{path.name}, line 1: no column {', '.join(absent)}; found are {reader.fieldnames}",
-                    field=path.name,
-                )
-            for row in reader:
-                if any(row[name] is None for name in columns):
-                    raise InvalidArgument(f"{path.name}, line {reader.line_num}: the row is cut", field=path.name)
-                rows.append((reader.line_num, row))
-                if len(rows) > _MOST_ROWS:
-                    raise InvalidArgument(f"{path.name} has more than {_MOST_ROWS} rows", field=path.name)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidArgument(f"{path.name} is no CSV file: {error}", field=path.name) from error
-    if not rows:
-        raise InvalidArgument(f"{path.name} has no rows", field=path.name)
-    return rows
-
-
-def _coordinate(where: str, name: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,10}", text) or int(text) > _LARGEST_COORDINATE:
-        raise InvalidArgument(
-            f"{where}: {name} is {text!r}; a whole number from 0 to 2^31 is needed", field=where.partition(",")[0]
-        )
-    return int(text)
-
-
-def _time_us(where: str, name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value <= _LARGEST_US:
-        raise InvalidArgument(
-            f"{where}: {name} is {text!r}; microseconds above 0 and up to 600 seconds are needed",
-            field=where.partition(",")[0],
-        )
-    return value

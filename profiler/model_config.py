@@ -21,6 +21,8 @@ _OPTIONAL_DIMENSIONS = (
     "moe_intermediate_size",
 )
 _BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
+# vLLM's --kv-cache-dtype as far as tables know it; auto is the model's dtype.
+KV_CACHE_DTYPES = ("auto", "fp8")
 # nvfp4 has one 8-bit scale for 16 weights; int4 (AWQ, GPTQ) about as much.
 _BYTES_PER_WEIGHT = {**_BYTES_PER_ELEMENT, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625, "int4": 0.5625}
 
@@ -49,16 +51,26 @@ class ModelConfig:
     # 0 for a dense model.
     num_experts: int
     expert_intermediate_size: int
+    # What the engine is told, one of KV_CACHE_DTYPES; no property of the checkpoint.
+    kv_cache_dtype: str = "auto"
+    # Experts each token chooses, layers that have experts, and whether a layer has some that every token runs.
+    experts_per_token: int = 0
+    num_moe_layers: int = 0
+    has_shared_experts: bool = False
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache per token over all ranks, keys and values in the model's dtype (kv_cache_dtype auto)."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _BYTES_PER_ELEMENT[self.dtype]
+        """Bytes of KV cache per token over all ranks, keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self._kv_element_bytes
 
     def kv_bytes_per_token_of_rank(self, tensor_parallel: int) -> int:
         """As `kv_bytes_per_token`, on one tensor-parallel rank; ranks beyond the KV heads hold copies."""
         heads = max(1, self.num_kv_heads // tensor_parallel)
-        return 2 * self.num_layers * heads * self.head_dim * _BYTES_PER_ELEMENT[self.dtype]
+        return 2 * self.num_layers * heads * self.head_dim * self._kv_element_bytes
+
+    @property
+    def _kv_element_bytes(self) -> int:
+        return 1 if self.kv_cache_dtype == "fp8" else _BYTES_PER_ELEMENT[self.dtype]
 
     def weight_bytes_of_rank(self, tensor_parallel: int) -> float:
         """Bytes of weights on one tensor-parallel rank; norms, biases and scales (below 0.1 %) are left out.
@@ -136,7 +148,25 @@ def read_model_config_file(path: Path, *, dtype: str | None = None) -> ModelConf
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         num_experts=num_experts,
         expert_intermediate_size=int(raw.get("moe_intermediate_size") or raw.get("intermediate_size") or 0),
+        experts_per_token=_count(raw, "num_experts_per_tok") if num_experts else 0,
+        num_moe_layers=_num_moe_layers(raw, num_layers) if num_experts else 0,
+        has_shared_experts=bool(raw.get("n_shared_experts") or raw.get("shared_expert_intermediate_size")),
     )
+
+
+def _num_moe_layers(raw: Mapping[str, Any], num_layers: int) -> int:
+    """Qwen leaves experts out of `mlp_only_layers` and of all but every `decoder_sparse_step`-th layer; others of the
+    first `first_k_dense_replace`."""
+    stated = raw.get("mlp_only_layers")
+    dense = stated if isinstance(stated, list) else []
+    first, step = _count(raw, "first_k_dense_replace"), _count(raw, "decoder_sparse_step") or 1
+    return sum(i >= first and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+
+
+def _count(raw: Mapping[str, Any], name: str) -> int:
+    """A positive integer; 0 where it is absent or something else."""
+    value = raw.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def model_shape(config: Mapping[str, Any]) -> str:
@@ -172,13 +202,18 @@ def _quantization(raw: Mapping[str, Any], directory: Path, dtype: str) -> tuple[
             return method, "int4" if stated.get("bits") == 4 else "unknown"
         if method == "compressed-tensors":
             return method, _compressed_format(stated)
-        return method, _MODELOPT_FORMATS.get(algorithm, "unknown")
+        return _modelopt(algorithm) if method == "modelopt" else (method, _MODELOPT_FORMATS.get(algorithm, "unknown"))
     beside = directory / "hf_quant_config.json"
     if not beside.is_file():
         return "", dtype
     inner = _read_object(beside).get("quantization")
     algorithm = str(inner.get("quant_algo") or "") if isinstance(inner, dict) else ""
-    return "modelopt", _MODELOPT_FORMATS.get(algorithm, "unknown")
+    return _modelopt(algorithm)
+
+
+def _modelopt(algorithm: str) -> tuple[str, str]:
+    """vLLM (0.18 to 0.33) has a method of its own for ModelOpt's 4-bit checkpoints."""
+    return "modelopt_fp4" if algorithm == "NVFP4" else "modelopt", _MODELOPT_FORMATS.get(algorithm, "unknown")
 
 
 def _compressed_format(stated: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from oracle_server import pack
 from oracle_server.errors import InvalidArgument
 from profiler.aiconfigurator import ALL_REDUCE, ELEMENTWISE, GEMM, OperatorModel
 from profiler.grids import context_grid, request_grid, row_grid, token_grid
@@ -34,6 +35,16 @@ class Operator:
         """For example "measured 12 %, interpolated 88 %" of the grid points."""
         counts = [(label, int((self.knowledge == number).sum())) for number, label in NAMES.items()]
         return ", ".join(f"{label} {100 * count / self.knowledge.size:.0f} %" for label, count in counts if count)
+
+
+def manifest_operators(operators: Sequence[Operator]) -> tuple[pack.Operator, ...]:
+    """What a manifest says of them, numbered in their order."""
+    return tuple(
+        pack.Operator(
+            id=number, name=operator.name, axes=operator.axes, group=operator.group, knowledge=operator.summary()
+        )
+        for number, operator in enumerate(operators)
+    )
 
 
 @dataclass(frozen=True)

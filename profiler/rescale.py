@@ -26,7 +26,7 @@ from profiler.hybrid_samples import StepSamples
 Reals = NDArray[np.float64]
 
 ATTENTION: Final = ("generation_attention", "context_attention", "mixed_attention")
-COMMUNICATION: Final = ("all_reduce",)
+COMMUNICATION: Final = ("all_reduce", "expert_exchange")
 DENSE: Final = tuple(name for name in OPERATOR_AXES if name not in (*ATTENTION, *COMMUNICATION))
 
 FEWEST_STEPS: Final = 30

@@ -50,6 +50,11 @@ class ReplayEngine:
         """Whether a call of `step` does anything; the step after the last finish clears the scheduler."""
         return bool(self._core.scheduler.has_requests() or self._core.batch_queue)
 
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._core.scheduler.has_unfinished_requests())
+
     def begin_run(self, oracle: LocalOracle, trace_prefix: str) -> None:
         """The engine as after its start: nothing cached, time 0."""
         if not self._core.reset_prefix_cache():
@@ -92,6 +97,12 @@ class ReplayEngine:
 
     def step(self) -> list[RequestTimes]:
         """One turn of the engine core's loop; the requests that finished in it."""
+        return self.turn()[0]
+
+    def turn(self) -> tuple[list[RequestTimes], bool]:
+        """As `step`, and whether it handed a step to the device. Nothing happens where there is nothing to do."""
+        if not self.is_busy:
+            return [], False
         before_ns = self.now_ns
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
@@ -118,7 +129,7 @@ class ReplayEngine:
                     f"engine {self.index} makes no progress at {now_ns * 1e-9:.3f} s with {self._open} requests: one "
                     f"of them fits into no step (KV blocks: {self.executor.kv_blocks}, longest: {self.max_model_len})"
                 )
-        return finished
+        return finished, executed
 
     def shutdown(self) -> None:
         """The executor's end only: vLLM's own clears an accelerator, which 0.33.0 insists on having."""

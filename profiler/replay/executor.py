@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,10 +15,12 @@ from oracle_server.pack.kv_blocks import plan_kv_blocks
 from oracle_server.pack.manifest import Manifest
 from profiler.replay.clock import VirtualClock
 from profiler.replay.local_oracle import LocalOracle
+from profiler.replay.lock_step import Meet
 from profiler.replay.times import RequestTimes
 from step_oracle.v1 import oracle_service_pb2 as pb
 from vllm_shim.executor import StepOracleExecutor
 from vllm_shim.stream import OracleStream
+from vllm_shim.timeline import StepTimes
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,6 +35,8 @@ class ReplayContext:
     manifest: Manifest
     engine_id: str
     allow_mismatch: tuple[str, ...] = ()
+    # Ranks of the group this engine is one of; vLLM's own configuration says 1, see lock_step.py.
+    data_parallel_size: int = 1
     clock: VirtualClock = field(default_factory=VirtualClock)
     times: dict[str, RequestTimes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -41,6 +46,8 @@ class ReplayExecutor(StepOracleExecutor):
     """Executor of one engine of a replay; `context` is set by the subclass `for_engine` makes."""
 
     context: ReplayContext
+    # Set where the engine is a rank of a lock-step group.
+    _meet: Meet | None = None
 
     @classmethod
     def for_engine(cls, context: ReplayContext) -> type[ReplayExecutor]:
@@ -54,6 +61,7 @@ class ReplayExecutor(StepOracleExecutor):
         """What the server would have answered: refused, warned of and sized by the same functions."""
         context = self.context
         self._engine.engine_id = context.engine_id
+        self._engine_config.data_parallel_size = context.data_parallel_size
         facts = EngineFacts(
             **{name: getattr(self._engine_config, name) for name in _FACTS if name != "graph_capture_sizes"}
         )
@@ -77,10 +85,18 @@ class ReplayExecutor(StepOracleExecutor):
         """The oracle is chosen by the run, see `begin_run`."""
         return cast("OracleStream", None)
 
+    def join(self, meet: Meet) -> None:
+        """From now on every pass is one of the group's."""
+        self._meet = meet
+
     def begin_run(self, oracle: LocalOracle, trace_prefix: str) -> None:
         """Forget the run before."""
         self._begin()
+        self._oracle = oracle
         self._stream = cast("OracleStream", oracle)
+        # Latencies of the group's passes not yet settled; finishes of the last two passes.
+        self._common_ns: deque[int] = deque()
+        self._finish_ns: deque[int] = deque((0, 0), maxlen=2)
         self.end_run()
         if trace_prefix:
             Path(f"{trace_prefix}x").parent.mkdir(parents=True, exist_ok=True)
@@ -118,4 +134,41 @@ class ReplayExecutor(StepOracleExecutor):
                 request.preemptions += 1
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             times[request_id].preemptions += 1
-        return super().execute_model(scheduler_output, non_block)
+        answer = super().execute_model(scheduler_output, non_block)
+        if self._meet is not None and scheduler_output.total_num_scheduled_tokens:
+            step = self._dispatched
+            assert step.pending.reply is not None  # noqa: S101  the oracle is in this process
+            self._gather(step.times, step.pending.reply.latency_ns[0])
+        return answer
+
+    def execute_dummy_batch(self) -> None:
+        """A pass of one token for a rank that has none, while others of its wave work.
+
+        Nobody waits for its result; as with asynchronous scheduling at most two passes are under way.
+        """
+        if self._meet is None:
+            return
+        self._step_index += 1
+        self._clock.wait_until(self._finish_ns[0])
+        latency_ns, prep_ns, copy_ns = self._oracle.dummy(self._step_index)
+        times = self._gather(StepTimes(self._clock.now_ns()), latency_ns)
+        self._settle_together(times, prep_ns, copy_ns)
+
+    def _gather(self, times: StepTimes, latency_ns: int) -> StepTimes:
+        """The pass waits for those of the other ranks."""
+        assert self._meet is not None  # noqa: S101  asked by callers
+        times.dispatch_ns, common_ns = self._meet(times.dispatch_ns, latency_ns)
+        self._common_ns.append(common_ns)
+        self._clock.wait_until(times.dispatch_ns)
+        return times
+
+    def _settle(self, step: Any) -> None:
+        """Once, in the order of dispatch: passes of a group last as long as the longest of them."""
+        if self._meet is None:
+            super()._settle(step)
+        elif not step.times.deadline_ns:
+            self._settle_together(step.times, step.pending.reply.prep_ns, step.pending.reply.copy_ns)
+
+    def _settle_together(self, times: StepTimes, prep_ns: int, copy_ns: int) -> None:
+        self._timeline.settle(times, latency_ns=self._common_ns.popleft(), prep_ns=prep_ns, copy_ns=copy_ns)
+        self._finish_ns.append(times.device_finish_ns)

@@ -13,22 +13,25 @@ from typing import TYPE_CHECKING
 from oracle_server.errors import FailedPrecondition
 from profiler.replay.clock import VirtualTime
 from profiler.replay.job import Request
+from profiler.replay.router import Router
 from profiler.replay.times import RequestTimes
 
 if TYPE_CHECKING:
     from profiler.replay.engine import ReplayEngine
+    from profiler.replay.lock_step import LockStepGroup
 
 Progress = Callable[[int, int], None]
 
 
 class Fleet:
-    """Owns the engines of a process. One thread."""
+    """Owns the engines of a process, or a group of them that acts as one. One thread."""
 
-    def __init__(self, engines: Sequence[ReplayEngine], router: str, virtual_time: VirtualTime) -> None:
-        self._engines = engines
-        self._router = router
+    def __init__(
+        self, engines: Sequence[ReplayEngine] | Sequence[LockStepGroup], router: str, virtual_time: VirtualTime
+    ) -> None:
+        self._engines: Sequence[ReplayEngine | LockStepGroup] = engines
+        self._router = Router(router)
         self._virtual_time = virtual_time
-        self._routed = 0
 
     def run(self, requests: Sequence[Request], users: int, progress: Progress) -> list[RequestTimes]:
         """All requests to their end; in the order of `requests`.
@@ -36,7 +39,7 @@ class Fleet:
         `users` above 0: a closed loop in which each user sends the next request when the one before has ended. Progress
         is told the requests that ended and the time, at every one that ends.
         """
-        self._routed = 0
+        self._router.begin_run()
         # (when, ordinal); a closed loop begins with all its users at once, and whoever sends takes the next request.
         arrivals = [(0, i) for i in range(min(users, len(requests)))]
         arrivals = arrivals or [(request.arrival_ns, i) for i, request in enumerate(requests)]
@@ -47,8 +50,8 @@ class Fleet:
             engine = min((e for e in self._engines if e.is_busy), key=lambda e: (e.now_ns, e.index), default=None)
             if arrivals and (engine is None or arrivals[0][0] <= engine.now_ns):
                 arrival_ns, ordinal = heapq.heappop(arrivals)
-                ordinal = self._routed if users else ordinal
-                chosen = self._choose(arrival_ns)
+                ordinal = self._router.routed if users else ordinal
+                chosen = self._router.choose(self._engines, arrival_ns)
                 self._virtual_time.clock = chosen.context.clock
                 chosen.add(requests[ordinal], arrival_ns, ordinal)
                 continue
@@ -65,9 +68,9 @@ class Fleet:
 
     def run_by_step(self, requests: Sequence[Request], progress: Progress) -> list[RequestTimes]:
         """One engine, each request admitted before the step of the index recorded for it."""
-        if len(self._engines) != 1:
-            raise FailedPrecondition("admissions recorded by step index are those of one engine; take --engines 1")
         engine = self._engines[0]
+        if len(self._engines) != 1 or not hasattr(engine, "executor"):
+            raise FailedPrecondition("admissions recorded by step index are those of one engine; take --engines 1")
         self._virtual_time.clock = engine.context.clock
         ended = admitted = 0
         while True:
@@ -85,12 +88,6 @@ class Fleet:
                 ended += 1
                 progress(ended, times.last_token_ns)
         return self._in_order(requests)
-
-    def _choose(self, arrival_ns: int) -> ReplayEngine:
-        self._routed += 1
-        if self._router == "round_robin":
-            return self._engines[(self._routed - 1) % len(self._engines)]
-        return min(self._engines, key=lambda engine: (engine.in_flight(arrival_ns), engine.index))
 
     def _in_order(self, requests: Sequence[Request]) -> list[RequestTimes]:
         found = {key: times for engine in self._engines for key, times in engine.context.times.items()}

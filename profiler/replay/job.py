@@ -39,6 +39,9 @@ class RunSpec:
     trace_prefix: str = ""
     # Answer every step with the latency of the run before: the same steps at no cost of the oracle.
     null_oracle: bool = False
+    # Requests of this run alone, and users of its closed loop; empty and 0: the job's.
+    requests: str = ""
+    users: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,8 @@ def _environment(python: Path, job: Job, manifest: Manifest) -> dict[str, str]:
             "NUMBA_CACHE_DIR": str(kernels),
             # The platform is asked for its device before the executor exists; there is no server to ask.
             "STEP_ORACLE_TARGET": "replay",
+            # The oracle is in the same process: a lease would save nothing.
+            "STEP_ORACLE_LEASES": "0",
             "STEP_ORACLE_DEVICE": json.dumps(described),
         }
     )

@@ -14,6 +14,8 @@ from step_oracle.v1 import step_pb2 as pb
 from vllm_shim.stream import PendingStep
 
 _NONE: tuple[int, ...] = ()
+# vLLM's dummy run has one token; there is no step without any context, so it reads its own.
+_DUMMY = StepQuery(_NONE, _NONE, 1, 1, 1, 1, 1, 0, 0)
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class LocalOracle:
         self._given = latencies_ns
         self.latencies_ns: list[int] = []
         self.counts = SupportCounts()
+        self.dummy_steps = 0
 
     def submit(self, request: pb.StepRequest) -> PendingStep:
         pending = PendingStep(request, 0)
@@ -88,11 +91,24 @@ class LocalOracle:
             reply.target_output_tokens.add(source=pb.LENGTH_SOURCE_IGNORE_EOS if new.ignore_eos else 0)
         return pending
 
+    def dummy(self, step_index: int) -> tuple[int, int, int]:
+        """Latency, preparation and copy of a dummy batch: one decode request without context.
+
+        No step anybody asked for, so its support does not count.
+        """
+        if self._given is None:
+            latency_ns = self._oracle.answer(_DUMMY, self._key, step_index, 1.0).latency_ns
+        else:
+            latency_ns = self._given[len(self.latencies_ns)]
+        self.latencies_ns.append(latency_ns)
+        self.dummy_steps += 1
+        return latency_ns, self._oracle.prep_ns, self._oracle.copy_ns
+
     def wait(self, pending: PendingStep) -> pb.StepReply:
         assert pending.reply is not None  # noqa: S101  submit has answered
         return pending.reply
 
-    def count_step(self, lateness_ns: int, late_answer_ns: int) -> None:
+    def count_step(self, lateness_ns: int, late_answer_ns: int, leased: object = None) -> None:
         """Nothing is ever late."""
 
     def close(self) -> None:

@@ -78,6 +78,7 @@ def print_replay(console: Console, replay: Replay) -> None:
             f"{speed.steps / speed.wall_seconds:.0f} steps/s; {run['steps']} steps, "
             f"{run['output_tokens']} output tokens, {run['output_tokens_per_second']:.1f} per second, "
             f"{run['prefix_hit_tokens']} prompt tokens from the prefix cache, {run['preemptions']} preemptions"
+            + (f", {run['dummy_steps']} steps with a dummy batch" if run["dummy_steps"] else "")
         )
     if replay.null_speed is not None:
         last = replay.speeds[-1]

@@ -14,10 +14,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from oracle_server.errors import InvalidArgument, OracleError
 from profiler.replay.job import Job, Request, RunSpec, read_job, read_requests
+
+if TYPE_CHECKING:
+    from profiler.replay.lock_step import WaveRules
 
 _PROGRESS_SECONDS = 0.2
 
@@ -51,16 +54,24 @@ class _Worker:
         from profiler.replay.engine import ReplayEngine
         from profiler.replay.executor import ReplayContext
         from profiler.replay.fleet import Fleet
+        from profiler.replay.lock_step import LockStepGroup
 
         compiled = load_compiled(Path(job.compiled_pack))
         self._oracle = open_oracle(compiled)
         self._oracle.warm()
-        self._names = [job.engine_id if job.engines == 1 else f"{job.engine_id}-{i}" for i in range(job.engines)]
-        contexts = [ReplayContext(compiled.manifest, name, job.allow_mismatch) for name in self._names]
+        ranks = _data_parallel_size(job)
+        self._names = _engine_names(job, ranks)
+        contexts = [ReplayContext(compiled.manifest, name, job.allow_mismatch, ranks) for name in self._names]
         virtual_time = clock.VirtualTime(contexts[0].clock)
         clock.install(virtual_time)
-        self._engines = [ReplayEngine(i, _vllm_config(job), context) for i, context in enumerate(contexts)]
-        self._fleet = Fleet(self._engines, job.router, virtual_time)
+        configs = [_vllm_config(job, ranks) for _ in contexts]
+        self._engines = [
+            ReplayEngine(i, config, context) for i, (config, context) in enumerate(zip(configs, contexts, strict=True))
+        ]
+        self._group = None
+        if ranks > 1:
+            self._group = LockStepGroup(self._engines, job.router, virtual_time, _wave_rules(configs[0]))
+        self._fleet = Fleet([self._group] if self._group else self._engines, job.router, virtual_time)
         requests, rejected = self._admissible(read_requests(Path(job.requests)))
         _tell(
             self._events,
@@ -74,7 +85,7 @@ class _Worker:
         )
         latencies: list[list[int]] = []
         for number, spec in enumerate(job.runs):
-            latencies = self._run(number, spec, requests, latencies)
+            latencies = self._run(number, spec, self._own_requests(spec) or requests, latencies)
         for engine in self._engines:
             engine.shutdown()
 
@@ -88,6 +99,14 @@ class _Worker:
             )
         fitting = {request.request_id for request in taken}
         return taken, [request.request_id for request in requests if request.request_id not in fitting]
+
+    def _own_requests(self, spec: RunSpec) -> list[Request]:
+        if not spec.requests:
+            return []
+        requests, rejected = self._admissible(read_requests(Path(spec.requests)))
+        if rejected:
+            raise InvalidArgument(f"request {rejected[0]} of {spec.requests} is longer than the engine's max_model_len")
+        return requests
 
     def _run(self, number: int, spec: RunSpec, requests: Sequence[Request], before: list[list[int]]) -> list[list[int]]:
         from profiler.replay.local_oracle import LocalOracle
@@ -103,6 +122,8 @@ class _Worker:
             )
             oracles.append(oracle)
             engine.begin_run(oracle, spec.trace_prefix)
+        if self._group is not None:
+            self._group.begin_run()
         last_told = 0.0
 
         def progress(ended: int, time_ns: int) -> None:
@@ -116,7 +137,7 @@ class _Worker:
         if requests[0].admit_step >= 0:
             times = self._fleet.run_by_step(requests, progress)
         else:
-            times = self._fleet.run(requests, self._job.users, progress)
+            times = self._fleet.run(requests, spec.users or self._job.users, progress)
         wall_seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
         for engine in self._engines:
             engine.executor.end_run()
@@ -125,6 +146,7 @@ class _Worker:
             "null_oracle": spec.null_oracle,
             "requests": [dataclasses.asdict(entry) for entry in times],
             "steps": [len(oracle.latencies_ns) for oracle in oracles],
+            "dummy_steps": [oracle.dummy_steps for oracle in oracles],
             "device_busy_ns": [sum(oracle.latencies_ns) for oracle in oracles],
             "support": [dataclasses.asdict(oracle.counts) for oracle in oracles],
         }
@@ -134,10 +156,59 @@ class _Worker:
         return [oracle.latencies_ns for oracle in oracles]
 
 
-def _vllm_config(job: Job) -> Any:
-    """vLLM's own command line decides what is allowed; the arguments given win over those of a measured run."""
+def _engine_names(job: Job, ranks: int) -> list[str]:
+    """Ids of the engines; ranks are named as the shim names them."""
+    if ranks > 1 and job.engines > 1:
+        raise InvalidArgument(
+            f"--engines {job.engines} with --data-parallel-size {ranks}: one group of lock-step ranks is replayed at a "
+            "time; take --engines 1"
+        )
+    if ranks > 1:
+        return [f"{job.engine_id}/dp{rank}" for rank in range(ranks)]
+    return [job.engine_id if job.engines == 1 else f"{job.engine_id}-{i}" for i in range(job.engines)]
+
+
+def _data_parallel_size(job: Job) -> int:
+    return int(_engine_arguments(job).data_parallel_size or 1)
+
+
+def _vllm_config(job: Job, ranks: int) -> Any:
+    """vLLM's own command line decides what is allowed.
+
+    A rank of a group is configured as an engine of its own: vLLM's scheduler does not ask for the others.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
+
+    arguments = _engine_arguments(job)
+    arguments.data_parallel_size = 1
+    config = EngineArgs.from_cli_args(arguments).create_engine_config(
+        UsageContext.OPENAI_API_SERVER
+    )  # the defaults of `vllm serve`
+    if ranks > 1 and not config.model_config.is_moe:
+        raise InvalidArgument(
+            "data-parallel ranks of a dense model are engines of their own: --engines N --router least_requests"
+        )
+    if getattr(config.scheduler_config, "prefill_schedule_interval", 1) > 1:
+        raise InvalidArgument(
+            "prefills held back for a balance of ranks are not replayed: no --prefill-schedule-interval"
+        )
+    if config.speculative_config is not None:
+        raise InvalidArgument("speculative decoding is not replayed: nobody says how many draft tokens are accepted")
+    return config
+
+
+def _wave_rules(config: Any) -> WaveRules:
+    """Since 0.33 the interval is a setting, and ranks agree after the first pass too (0.18.1 to 0.33.0, read)."""
+    from profiler.replay.lock_step import WaveRules
+
+    interval = getattr(config.parallel_config, "dp_sync_interval", None)
+    return WaveRules() if interval is None else WaveRules(int(interval), syncs_first=True)
+
+
+def _engine_arguments(job: Job) -> Any:
+    """The arguments given win over those of a measured run."""
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="--engine-args"))
@@ -148,22 +219,11 @@ def _vllm_config(job: Job) -> Any:
         **{**job.engine_defaults, "model": job.model, "load_format": "dummy", "skip_tokenizer_init": True}
     )
     try:
-        arguments = parser.parse_args(list(job.engine_args))
+        return parser.parse_args(list(job.engine_args))
     except SystemExit:
         raise InvalidArgument(
             f"vLLM does not take these --engine-args: {' '.join(job.engine_args)}", field="engine_args"
         ) from None
-    config = EngineArgs.from_cli_args(arguments).create_engine_config(
-        UsageContext.OPENAI_API_SERVER
-    )  # the defaults of `vllm serve`
-    if config.parallel_config.data_parallel_size > 1:
-        raise InvalidArgument(
-            "data parallelism is not replayed inside an engine: ranks of a dense model are engines of their own "
-            "(--engines N --router least_requests), lock-step ranks of MoE models are not supported yet"
-        )
-    if config.speculative_config is not None:
-        raise InvalidArgument("speculative decoding is not replayed: nobody says how many draft tokens are accepted")
-    return config
 
 
 def _tell(events: TextIO, event: str, **fields: Any) -> None:

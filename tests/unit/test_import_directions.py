@@ -21,22 +21,33 @@ ALLOWED: dict[str, set[str]] = {
     STATE: {ERRORS, PACK, SAMPLING},
     RPC: {ERRORS, PACK, SAMPLING, STATE, WIRE},
     "oracle_server.cli": {ERRORS, PACK, REST, RPC, STATE, WIRE},
-    "oracle_server.doctor": {ERRORS, REST, WIRE, "oracle_server.vllm_install"},
-    "oracle_server.vllm_install": {REST},
+    "oracle_server.doctor": {ERRORS, REST, WIRE, "oracle_server.vllm_env", "oracle_server.vllm_install"},
+    "oracle_server.vllm_env": set(),
+    "oracle_server.vllm_install": {REST, "oracle_server.vllm_env"},
     # server, config and the other modules beside the sub-packages.
-    REST: {ERRORS, PACK, SAMPLING, STATE, RPC, WIRE, "oracle_server.cli", "oracle_server.vllm_install"},
+    REST: {
+        ERRORS, PACK, SAMPLING, STATE, RPC, WIRE, "oracle_server.cli", "oracle_server.vllm_env",
+        "oracle_server.vllm_install",
+    },
     "vllm_shim": {WIRE},
     "vllm_shim.step_shape": {"vllm_shim", WIRE},
     "profiler": {
-        ERRORS, PACK, SAMPLING, "oracle_server.cli", "oracle_server.doctor", "oracle_server.vllm_install",
-        "vllm_shim.step_shape", "profiler.replay",
+        ERRORS, PACK, SAMPLING, "oracle_server.cli", "oracle_server.doctor", "oracle_server.vllm_env",
+        "oracle_server.vllm_install", "vllm_shim.step_shape", "profiler.replay", "profiler.capture",
     },
+    # Capture runs inside real engines, with the shim's view of a step and of a configuration.
+    "profiler.capture": {ERRORS, PACK, SAMPLING, WIRE, "vllm_shim", "vllm_shim.step_shape", "profiler"},
     # Replay runs the shim itself, in a process of its own.
     "profiler.replay": {ERRORS, PACK, SAMPLING, WIRE, "vllm_shim", "vllm_shim.step_shape"},
 }  # fmt: skip
 ALLOWED["vllm_shim"].add("vllm_shim.step_shape")
 # Beside the standard library: grpc, and what is in the engine's process because vLLM imports it itself.
 SHIM_MAY_IMPORT = {"google", "grpc", "numpy", "step_oracle", "torch", "vllm", "vllm_shim"}
+# What of a capture runs inside the engine, and what starts it there.
+CAPTURE_IN_ENGINE = (
+    *("__init__", "command", "device_times", "engine", "facts", "launch", "plan", "recording", "scheduler", "steps"),
+    *("trace_file", "worker"),
+)
 BARE_CORE = (
     "config",
     "doctor",
@@ -64,6 +75,20 @@ def test_no_import_goes_against_the_directions() -> None:
 def test_the_shim_imports_nothing_that_vllm_does_not_bring() -> None:
     allowed = SHIM_MAY_IMPORT | sys.stdlib_module_names
     strangers = {f"{module}: {name}" for module, name in _imports("vllm_shim") if name.partition(".")[0] not in allowed}
+
+    assert not strangers
+
+
+def test_a_capture_needs_nothing_beyond_vllm_and_the_core() -> None:
+    allowed = (SHIM_MAY_IMPORT - {"numpy"}) | sys.stdlib_module_names
+    ours = ("profiler.capture", "oracle_server.errors", "vllm_shim")
+    strangers = {
+        f"{module}: {name}"
+        for module, name in _imports("profiler/capture")
+        if module.rpartition(".")[2] in (*CAPTURE_IN_ENGINE, "capture")
+        and name.partition(".")[0] not in allowed
+        and not name.startswith(ours)
+    }
 
     assert not strangers
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from oracle_server.errors import InvalidArgument
 from oracle_server.pack import check_pack, compile_pack, load_compiled, open_oracle
 from oracle_server.sampling.shape import StepQuery
-from profiler.commands import app
+from profiler.cli import build_app
 from profiler.hybrid_fit import FitOptions, fit_hybrid, physics, thin
 from profiler.hybrid_pack import FitRequest, fit, write_fit
 from profiler.hybrid_report import region_lines
@@ -246,7 +246,7 @@ def test_the_written_pack_answers_as_the_fitted_model(tmp_path: Path) -> None:
 def test_the_command_prints_terms_regions_residuals_and_coverage(tmp_path: Path) -> None:
     path = write_table(tmp_path / "steps.parquet", measured_steps(300, noise=0.01))
     arguments = ["fit", str(path), "-o", str(tmp_path / "pack"), "--device", "X", "--device-memory-gib", "24"]
-    result = RUN.invoke(app, [*arguments, "--kv-blocks", "500"])
+    result = RUN.invoke(build_app(), [*arguments, "--kv-blocks", "500"])
     assert result.exit_code == 0, result.output
     for word in ("decode_context_tokens", "ns per pair", "share of time", "hole: concurrency", "sigma", "coverage:"):
         assert word in result.output

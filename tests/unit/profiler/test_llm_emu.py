@@ -214,7 +214,10 @@ def test_a_decode_step_after_prefill_draws_the_tail_and_others_the_body(tmp_path
         decode = StepQuery((), (), 1, 1, 500, 500, 1, previous, 0)
         drawn = {oracle.answer(decode, 7, step).latency_ns / 1000 for step in range(2000)}
         assert drawn == expected
-        assert oracle.decode_record(1, 500, 500) is None, "no lease may leave the transition out"
+    record = oracle.decode_record(1, 500, 500)
+    assert record is not None
+    assert record.not_after_prefill, "no lease may leave the transition out"
+    assert 12_400_000 not in record.latency_pool_ns
 
 
 def test_a_chunk_that_goes_on_is_a_prefill_step(tmp_path: Path) -> None:

@@ -2,133 +2,42 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
 
 from builders import decode_query, mixed_query
+from bundles import (
+    CHUNKS,
+    CONFIG,
+    CONTEXTS,
+    HISTORIES,
+    LAYERS,
+    META,
+    NOW,
+    PER_LAYER,
+    REQUESTS,
+    RUN,
+    Rows,
+    attention_us,
+    build_bundle,
+    dense_us,
+    request,
+    tables,
+    write_tables,
+)
 from oracle_server.errors import InvalidArgument
 from oracle_server.pack import check_pack, open_oracle
 from profiler.cli import main
-from profiler.llmservingsim import ImportRequest, RingLink, read_bundle
+from profiler.llmservingsim import read_bundle
+from profiler.llmservingsim_link import RingLink
 from profiler.llmservingsim_pack import write_bundle
 from profiler.llmservingsim_tables import DeclaredGrid, attention_operators, parse_axis, skew_coefficients
 from profiler.surface import read_pack
-
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-LAYERS = 2
-TOKENS = (1, 16, 64)
-SEQUENCES = (1, 4)
-CHUNKS, HISTORIES, REQUESTS, CONTEXTS = (16, 32, 64), (0, 16, 32), (1, 2, 4), (16, 32)
-PER_LAYER = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "layernorm", "rotary_emb", "act_fn")
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": LAYERS,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "torch_dtype": "bfloat16",
-}
-META: dict[str, Any] = {
-    "profiler_version": "1.0.0",
-    "vllm_version": "0.19.0",
-    "gpu": "Test GPU",
-    "hardware": "TESTGPU",
-    "model": "test/llama",
-    "tp_degrees": [1],
-    "engine_effective": {
-        "block_size": 16,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 4,
-        "hf_overrides": {"num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 512},
-    },
-    "attention_grid": {"chunks": "0, 16-64 x2", "n_decode": "0, 1-4 x2", "kv": "0, 16-32 x2"},
-    "measurement_iterations": 3,
-}
-RUN: dict[str, Any] = {
-    "engine_kwargs": {"tensor_parallel_size": 1, "max_num_seqs": 4, "max_num_batched_tokens": 64},
-    "kv_cache": {"num_gpu_blocks": 123, "block_size": 16, "gpu_memory_utilization": 0.9},
-    "hardware": {"device_name": "Test GPU", "device_total_memory_bytes": 24 << 30, "device_capability": "8.9"},
-}
-Rows = list[list[Any]]
-
-
-def dense_us(layer: str, tokens: int) -> float:
-    return 10.0 + len(layer) + 0.5 * tokens
-
-
-def attention_us(chunk: int, history: int, requests: int, context: int) -> float:
-    return 5.0 + 0.01 * chunk * (chunk + 2 * history) + 0.002 * requests * context * (3 if chunk else 1)
-
-
-def tables() -> dict[str, Rows]:
-    """The rows of a bundle's CSV files, without their headers."""
-    points = [(0, 0, n, kv) for n, kv in product(REQUESTS, CONTEXTS)]
-    points += [(c, h, 0, 0) for c, h in product(CHUNKS, HISTORIES)]
-    # As in a real profile: one request fewer beside a chunk.
-    points += [(c, h, n, kv) for c, h, n, kv in product(CHUNKS, HISTORIES, REQUESTS[:-1], CONTEXTS)]
-    skew: Rows = []
-    for regime, share in (("pure", 0.04), ("mixed", 0.06)):
-        for mean, longest in ((50.0, 80.0), (100.0, 130.0), (60.0, 200.0)):
-            skew.append([regime, mean, longest, mean + share * (longest - mean)])
-    return {
-        "dense.csv": [
-            [layer, t, dense_us(layer, t)] for layer in (*PER_LAYER, "embedding", "final_layernorm") for t in TOKENS
-        ],
-        "per_sequence.csv": [[layer, s, dense_us(layer, s)] for layer in ("lm_head", "sampler") for s in SEQUENCES],
-        "attention.csv": [[*point, attention_us(*point)] for point in points],
-        "skew.csv": skew,
-    }
-
-
-HEADERS = {
-    "dense.csv": ["layer", "tokens", "time_us"],
-    "per_sequence.csv": ["layer", "sequences", "time_us"],
-    "attention.csv": ["prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"],
-    "skew.csv": ["regime", "t_mean_us", "t_max_us", "t_skew_us"],
-}
-
-
-def write_tables(folder: Path, content: dict[str, Rows]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in content.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([HEADERS[name], *rows])
-        (folder / name).write_text(text.getvalue())
-
-
-def build_bundle(
-    root: Path,
-    content: dict[str, Rows] | None = None,
-    *,
-    meta: dict[str, Any] | None = None,
-    run: dict[str, Any] | None = RUN,
-    folder: str = "tp1",
-) -> Path:
-    """A bundle in `root`/bundle and the model's config beside it."""
-    directory = root / "bundle"
-    write_tables(directory / folder, tables() if content is None else content)
-    (directory / "meta.yaml").write_text(yaml.safe_dump(META | (meta or {})))
-    if run is not None:
-        (directory / "run").mkdir()
-        (directory / "run" / "meta.json").write_text(json.dumps(run))
-    (root / "llama.json").write_text(json.dumps(CONFIG))
-    return directory
-
-
-def request(root: Path, **fields: Any) -> ImportRequest:
-    return ImportRequest(**{"directory": root / "bundle", "model_config": root / "llama.json", **fields})
 
 
 def test_a_step_costs_the_sum_of_its_measured_layers(tmp_path: Path) -> None:
@@ -393,19 +302,6 @@ def test_the_kv_blocks_of_a_run_with_another_tensor_parallel_size_are_not_taken(
     assert (bundle.kv_cache.blocks, bundle.kv_cache.basis) == (123, "measured")
 
 
-def test_experts_are_refused_and_not_approximated(tmp_path: Path) -> None:
-    directory = build_bundle(tmp_path)
-    with pytest.raises(InvalidArgument, match="expert parallelism needs tables of experts"):
-        read_bundle(request(tmp_path, expert_parallel=2))
-    (directory / "tp1" / "moe.csv").write_text("")
-    with pytest.raises(InvalidArgument, match="mixture-of-experts tables are not imported"):
-        read_bundle(request(tmp_path))
-    (directory / "tp1" / "moe.csv").unlink()
-    (tmp_path / "llama.json").write_text(json.dumps(CONFIG | {"num_local_experts": 8}))
-    with pytest.raises(InvalidArgument, match="8 experts"):
-        read_bundle(request(tmp_path))
-
-
 def test_two_ranks_add_a_ring_all_reduce_twice_a_layer(tmp_path: Path) -> None:
     overrides = {"num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 256}
     meta = {"tp_degrees": [2], "engine_effective": {**META["engine_effective"], "hf_overrides": overrides}}
@@ -467,7 +363,7 @@ def test_kv_blocks_are_the_runs_or_the_users(
         (RUN, {"kv_blocks": 124}, "--kv-blocks 124, but the bundle's run had 123"),
         (RUN, {"kv_blocks": 1, "kv_blocks_assumed": 1}, "give one"),
         (None, {"kv_blocks": 1}, "--device-memory-gib"),
-        (RUN, {"link": RingLink(1e9, 0.0, "test")}, "with --tp 1 there is none"),
+        (RUN, {"link": RingLink(1e9, 0.0, "test")}, "with --tp 1 and --dp 1 there is one only"),
         (RUN, {"link": RingLink(math.nan, 0.0, "test"), "tensor_parallel": 2}, "a bandwidth above 0"),
         (RUN, {"device_memory_bytes": math.nan}, "nan bytes of memory"),
         (RUN, {"device_memory_bytes": math.inf}, "inf bytes of memory"),

@@ -96,6 +96,11 @@ def test_quantization_comes_from_the_config(
     assert (model.quantization, model.weight_format) == (method, weight_format)
 
 
+def test_modelopts_4_bit_checkpoints_have_vllms_own_name(tmp_path: Path) -> None:
+    model = _read(tmp_path, QWEN3_8B | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}})
+    assert (model.quantization, model.weight_format) == ("modelopt_fp4", "nvfp4")
+
+
 def test_a_modelopt_file_beside_the_config_counts(tmp_path: Path) -> None:
     model = _read(tmp_path, QWEN3_8B, hf_quant_config={"quantization": {"quant_algo": "FP8"}})
     assert (model.quantization, model.weight_format) == ("modelopt", "fp8")

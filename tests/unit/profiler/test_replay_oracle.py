@@ -86,3 +86,18 @@ def test_draft_tokens_are_refused_for_nobody_knows_how_many_hold(compiled: Compi
 
     with pytest.raises(AcceptanceUnknown):
         local(compiled).submit(pb.StepRequest(step_index=0, shape=shape))
+
+
+def test_a_dummy_batch_costs_a_decode_step_and_counts_as_no_answer(compiled: CompiledPack) -> None:
+    oracle = local(compiled, refuse_extrapolated=True)
+    shape = pb.StepShape(num_decode_requests=1, num_decode_tokens=1, concurrency=1)
+    shape.decode_context_tokens = shape.max_decode_context_tokens = 1
+    same = local(compiled).submit(pb.StepRequest(step_index=9, shape=shape)).reply
+
+    latency_ns, prep_ns, copy_ns = oracle.dummy(9)
+
+    assert same is not None
+    assert (latency_ns, prep_ns, copy_ns) == (same.latency_ns[0], 700, 300)
+    assert (oracle.latencies_ns, oracle.dummy_steps, oracle.counts.steps) == ([latency_ns], 1, {})
+    # The same steps at no cost of the oracle: the list holds dummies too.
+    assert local(compiled, latencies_ns=[5, 6]).dummy(9)[0] == 5

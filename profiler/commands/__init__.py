@@ -1,0 +1,31 @@
+"""The profiler's own verbs, one file per group. Each reads options, calls one module and prints what came of it.
+
+A file of verbs has `app`, a Typer with its commands (or with a named group of them), and stands in PARTS; groups of one
+name become one. Heavy imports stay inside the functions, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+from profiler.commands import (
+    data,
+    environment,
+    fit,
+    imports,
+    lengths,
+    packs,
+    replay,
+    rescale,
+    synthesize,
+)
+
+PARTS = (
+    synthesize.app,
+    rescale.app,
+    replay.app,
+    fit.app,
+    data.app,
+    environment.app,
+    imports.app,
+    packs.app,
+    lengths.app,
+)
