@@ -110,7 +110,15 @@ class OperatorModel:
     All latencies are nanoseconds per step, summed over layers, of one tensor-parallel rank.
     """
 
-    def __init__(self, model_directory: Path, system: System, tensor_parallel: int, *, transferred: bool) -> None:
+    def __init__(
+        self,
+        model_directory: Path,
+        system: System,
+        tensor_parallel: int,
+        *,
+        transferred: bool,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         # A bare local directory is read without any network access; these stop the hub's client should it be reached.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -119,7 +127,7 @@ class OperatorModel:
         self._allows_transferred = transferred
         self._transferred: set[str] = set()
         try:
-            self._engine = _compile(model_directory, system, tensor_parallel, transferred)
+            self._engine = _compile(model_directory, system, tensor_parallel, transferred, kv_cache_dtype)
         except Exception as error:  # the library raises its own, ValueError and RuntimeError alike
             raise InvalidArgument(
                 f"aiconfigurator-core cannot build {model_directory} on {system.name} with tensor parallel "
@@ -196,14 +204,21 @@ class OperatorModel:
 
 _MAX_OPERATORS = 64
 
-# kv_cache_dtype auto of vLLM: 16-bit keys, values and attention, also under an fp8 checkpoint, for which the library
-# would assume fp8.
-_ATTENTION_MODES = {"kvcache_quant_mode": "bfloat16", "fmha_quant_mode": "bfloat16"}
+
+def _attention_modes(kv_cache_dtype: str) -> dict[str, str]:
+    """kv_cache_dtype auto of vLLM: 16-bit keys, values and attention, also under an fp8 checkpoint.
+
+    There the library would assume fp8. Its tables of 8-bit keys and values are of 16-bit queries.
+    """
+    return {"kvcache_quant_mode": "fp8" if kv_cache_dtype == "fp8" else "bfloat16", "fmha_quant_mode": "bfloat16"}
 
 
-def _compile(model_directory: Path, system: System, tensor_parallel: int, transferred: bool) -> Any:
+def _compile(
+    model_directory: Path, system: System, tensor_parallel: int, transferred: bool, kv_cache_dtype: str
+) -> Any:
     from aiconfigurator_core.sdk import EngineHandle  # type: ignore[import-not-found,unused-ignore]
 
+    modes = _attention_modes(kv_cache_dtype)
     if not transferred:
         return EngineHandle.compile(
             str(model_directory),
@@ -212,7 +227,7 @@ def _compile(model_directory: Path, system: System, tensor_parallel: int, transf
             backend_version=system.table_version,
             tp_size=tensor_parallel,
             moe_tp_size=tensor_parallel,
-            **_ATTENTION_MODES,
+            **modes,
         )
     # Outside the stable facade: the mode of the tables is a property of the database view, which `compile` hides.
     from aiconfigurator_core.sdk import config_builders, engine, models, perf_database
@@ -223,8 +238,8 @@ def _compile(model_directory: Path, system: System, tensor_parallel: int, transf
         attention_dp_size=1,
         moe_tp_size=tensor_parallel,
         moe_ep_size=1,
-        kvcache_quant_mode=_ATTENTION_MODES["kvcache_quant_mode"],
-        fmha_quant_mode=_ATTENTION_MODES["fmha_quant_mode"],
+        kvcache_quant_mode=modes["kvcache_quant_mode"],
+        fmha_quant_mode=modes["fmha_quant_mode"],
     )
     config_builders.apply_nextn(config, 0)
     model = models.get_model(str(model_directory), config, BACKEND)

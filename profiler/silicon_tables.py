@@ -129,13 +129,14 @@ class SiliconTables:
             return _Grid((), (), frozenset())
         heads = model.num_heads // self._tensor_parallel
         wanted = (heads, max(1, model.num_kv_heads // self._tensor_parallel), model.head_dim, 0)
+        stored = "fp8" if model.kv_cache_dtype == "fp8" else "bfloat16"
         cells = set()
         # Older tables have no column for sliding windows: all of their rows are full attention.
         windows = rows.get("window_size") or [0] * len(rows["num_heads"])
         keys = zip(rows["num_heads"], rows["num_key_value_heads"], rows["head_dim"], windows, strict=True)
         points = zip(rows["batch_size"], rows["isl"], rows["step"], rows["kv_cache_dtype"], strict=True)
         for key, (batch, chunk, step, kv_dtype) in zip(keys, points, strict=True):
-            if kv_dtype == "bfloat16" and tuple(int(value) for value in key) == wanted:
+            if kv_dtype == stored and tuple(int(value) for value in key) == wanted:
                 # A decode row has isl 1 and `step` tokens before it; a prefill row has no history (step 0).
                 cells.add((int(batch), int(chunk) + int(step)))
         first = tuple(sorted({cell[0] for cell in cells}))

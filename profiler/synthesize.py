@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
@@ -18,8 +18,8 @@ from oracle_server.errors import InvalidArgument
 from profiler.aiconfigurator import OperatorModel, System, library_root, library_version, read_system, table_digests
 from profiler.corrections import Correction, StepTerms, corrected, schedules_asynchronously, step_terms
 from profiler.kv_blocks import OVERHEAD_BYTES, estimate_kv_blocks
-from profiler.model_config import ModelConfig, read_model_config
-from profiler.operators import GridLimits, Link, Operator, columns_of, evaluate_operators
+from profiler.model_config import KV_CACHE_DTYPES, ModelConfig, read_model_config
+from profiler.operators import GridLimits, Link, Operator, columns_of, evaluate_operators, manifest_operators
 from profiler.silicon_tables import EXTRAPOLATED, SiliconTables
 from profiler.uncertainty import Uncertainty, uncertainty_of
 
@@ -48,6 +48,7 @@ class SynthesisRequest:
     max_num_seqs: int | None = None
     max_model_len: int | None = None
     dtype: str | None = None
+    kv_cache_dtype: str = "auto"
     link: Link | None = None
     allow_transferred: bool = False
     corrections: bool = True
@@ -82,13 +83,21 @@ def synthesize(request: SynthesisRequest) -> Synthesis:
     _check(request)
     library_root()
     system = read_system(request.system)
-    model = read_model_config(request.model_directory, dtype=request.dtype)
+    model = replace(
+        read_model_config(request.model_directory, dtype=request.dtype), kv_cache_dtype=request.kv_cache_dtype
+    )
     tensor_parallel = request.tensor_parallel
     if model.num_heads % tensor_parallel:
         raise InvalidArgument(
             f"{model.num_heads} attention heads cannot be split over tensor parallel {tensor_parallel}", field="tp"
         )
-    source = OperatorModel(model.directory, system, tensor_parallel, transferred=request.allow_transferred)
+    source = OperatorModel(
+        model.directory,
+        system,
+        tensor_parallel,
+        transferred=request.allow_transferred,
+        kv_cache_dtype=request.kv_cache_dtype,
+    )
     tables = SiliconTables(system, model, tensor_parallel)
     defaults = GridLimits()
     limits = GridLimits(
@@ -159,7 +168,7 @@ def _manifest(synthesis: Synthesis, created: datetime) -> pack.Manifest:
             shape=model.shape,
             dtype=model.dtype,
             quantization=model.quantization,
-            kv_cache_dtype="auto",
+            kv_cache_dtype=model.kv_cache_dtype,
         ),
         device=pack.Device(
             name=system.device_name,
@@ -187,16 +196,7 @@ def _manifest(synthesis: Synthesis, created: datetime) -> pack.Manifest:
         ),
         latency=pack.Latency(
             composed=pack.ComposedLatency(
-                operators=tuple(
-                    pack.Operator(
-                        id=number,
-                        name=operator.name,
-                        axes=operator.axes,
-                        group=operator.group,
-                        knowledge=operator.summary(),
-                    )
-                    for number, operator in enumerate(synthesis.operators)
-                ),
+                operators=manifest_operators(synthesis.operators),
                 skew_decode=terms.skew_decode,
                 skew_mixed=terms.skew_mixed,
                 mixed_decode_factor=terms.mixed_decode_factor,
@@ -275,6 +275,11 @@ def _check(request: SynthesisRequest) -> None:
     for field, value in positive:
         if value is not None and value < 1:
             raise InvalidArgument(f"{field} is {value}; it has to be at least 1", field=field)
+    if request.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise InvalidArgument(
+            f"kv_cache_dtype is {request.kv_cache_dtype!r}; tables know {' and '.join(KV_CACHE_DTYPES)}",
+            field="kv_cache_dtype",
+        )
     if not 0.0 < request.gpu_memory_utilization <= 1.0:
         raise InvalidArgument(
             f"gpu_memory_utilization is {request.gpu_memory_utilization}; it lies in (0, 1]",

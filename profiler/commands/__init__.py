@@ -15,6 +15,7 @@ from profiler.commands import (
     packs,
     replay,
     rescale,
+    silicon_points,
     synthesize,
 )
 
@@ -22,6 +23,7 @@ PARTS = (
     synthesize.app,
     rescale.app,
     replay.app,
+    silicon_points.app,
     fit.app,
     data.app,
     environment.app,

@@ -135,6 +135,20 @@ def test_given_kv_blocks_are_taken_with_their_basis(model: Path, tmp_path: Path)
     assert manifest.engine.gpu_memory_utilization is None
 
 
+def test_an_8_bit_kv_cache_has_its_own_tables_and_twice_the_blocks(model: Path, tmp_path: Path) -> None:
+    packs = {}
+    for dtype in ("auto", "fp8"):
+        packs[dtype] = _written(SynthesisRequest("h200_sxm", model, kv_cache_dtype=dtype), tmp_path / dtype)
+    (long, long_manifest), (short, short_manifest) = packs["auto"], packs["fp8"]
+    assert (long_manifest.model.kv_cache_dtype, short_manifest.model.kv_cache_dtype) == ("auto", "fp8")
+    assert long_manifest.kv_cache.bytes_per_token == 2 * short_manifest.kv_cache.bytes_per_token
+    assert short.kv_blocks in (2 * long.kv_blocks, 2 * long.kv_blocks + 1)
+    attention = [next(item for item in pack.operators if item.name == "generation_attention") for pack in (long, short)]
+    at = tuple(axis.index(value) for axis, value in zip(attention[0].points, (64, 4096), strict=True))
+    assert attention[1].latency_ns[at] < 0.9 * attention[0].latency_ns[at]
+    assert (attention[1].knowledge == MEASURED).any()
+
+
 def test_a_version_with_synchronous_scheduling_ties_the_pack_to_it(model: Path, tmp_path: Path) -> None:
     _, manifest = _written(SynthesisRequest("h100_sxm", model, vllm_version="0.12.0"), tmp_path / "pack")
     assert manifest.engine.async_scheduling is False
@@ -167,6 +181,7 @@ def test_the_residual_pool_has_mean_one_and_the_stated_spread() -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"link": Link(0.0, 0.0)}, "positive bandwidth"),
         ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"kv_cache_dtype": "int4"}, "tables know auto and fp8"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused(changes: dict[str, Any], message: str, model: Path) -> None:
