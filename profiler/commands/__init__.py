@@ -17,6 +17,7 @@ from profiler.commands import (
     rescale,
     silicon_points,
     synthesize,
+    vllm_check,
 )
 
 PARTS = (
@@ -27,6 +28,7 @@ PARTS = (
     fit.app,
     data.app,
     environment.app,
+    vllm_check.app,
     imports.app,
     packs.app,
     lengths.app,
