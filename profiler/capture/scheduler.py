@@ -1,0 +1,58 @@
+"""The engine core's side of a capture: `--scheduler-cls profiler.capture.scheduler.capture_scheduler`.
+
+vLLM's own scheduler, with a look at what `schedule` returns and at what `update_from_output` is given: the two ends of
+a step wherever its workers run, under any executor, with and without asynchronous scheduling (0.18.1 to 0.33.0, read).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiler.capture.facts import engine_facts, write_facts
+from profiler.capture.launch import CAPTURE, SCHEDULER
+from profiler.capture.recording import SchedulerRecording
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def capture_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+    """The scheduler this engine would have had, observed. vLLM calls it as it would call a scheduler class."""
+    base = _scheduler_class(vllm_config)
+
+    class CaptureScheduler(base):  # type: ignore[misc, valid-type]
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().schedule(*args, **kwargs)
+            recording.dispatched(output)
+            return output
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any) -> Any:
+            recording.finished(scheduler_output, model_runner_output)
+            return super().update_from_output(scheduler_output, model_runner_output, *args)
+
+        def shutdown(self) -> None:
+            recording.close()
+            super().shutdown()
+
+    scheduler = CaptureScheduler(vllm_config, *args, **kwargs)
+    run, rank = Path(os.environ[CAPTURE]), vllm_config.parallel_config.data_parallel_index
+    suffix = f"-dp{rank}" if rank else ""
+    write_facts(run / f"engine{suffix}.json", engine_facts(vllm_config, scheduler.kv_cache_config))
+    recording = SchedulerRecording(run / f"engine{suffix}.capture", rank)
+    return scheduler
+
+
+def _scheduler_class(vllm_config: VllmConfig) -> Any:
+    if own := os.environ.get(SCHEDULER):
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        return resolve_obj_by_qualname(own)
+    if vllm_config.scheduler_config.async_scheduling:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        return AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return Scheduler

@@ -1,0 +1,177 @@
+"""A capture into a pack, and a pack against a capture: the truth of these steps is known."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import captures
+from fleet import step_oracle
+from oracle_server import pack
+from oracle_server.errors import InvalidArgument
+from profiler.capture.build import BuildRequest, build_pack
+from profiler.capture.evaluate import evaluate
+from profiler.capture.steps import read_capture
+from profiler.capture.table import COLUMNS, write_table
+from profiler.pack_compare import compare_packs
+
+CREATED = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("capture")
+    captures.write_run(folder, captures.steps(600, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("held_out")
+    captures.write_run(folder, captures.steps(300, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["hybrid", "sampled"])
+def built(request: pytest.FixtureRequest, capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pack") / str(request.param)
+    build_pack(BuildRequest(capture, str(request.param), licence="CC0-1.0"), directory, created=CREATED)
+    return directory
+
+
+def test_the_server_would_take_the_pack_and_its_manifest_is_the_engines(built: Path) -> None:
+    manifest = pack.check_pack(built).manifest
+
+    assert (manifest.model.id, manifest.model.dtype, manifest.model.quantization) == ("tiny", "bfloat16", "none")
+    assert (manifest.device.name, manifest.device.memory_bytes) == ("AMD EPYC", 24 << 30)
+    assert (manifest.kv_cache.blocks, manifest.kv_cache.block_size, manifest.kv_cache.basis) == (682, 128, "measured")
+    assert manifest.kv_cache.bytes_per_token == 12288
+    assert (manifest.engine.max_num_seqs, manifest.engine.async_scheduling) == (64, False)
+    assert (manifest.engine.attention_backend, manifest.engine.model_runner) == ("CPU_ATTN", "v1")
+    assert (manifest.latency.prep_ns, manifest.latency.copy_ns) == (captures.PREP_NS, captures.COPY_NS)
+    assert manifest.licence == "CC0-1.0"
+
+
+@pytest.mark.slow
+def test_one_capture_builds_one_pack(capture: Path, built: Path, tmp_path: Path) -> None:
+    kind = pack.check_pack(built).manifest.kind
+    again = build_pack(BuildRequest(capture, kind, licence="CC0-1.0"), tmp_path / "again", created=CREATED)
+
+    assert again.digest == pack.check_pack(built).digest
+
+
+def test_errors_on_other_steps_are_as_small_as_their_noise(built: Path, held_out: Path) -> None:
+    evaluation = evaluate(built, held_out)
+
+    assert evaluation.held_out == {"run-001": True}
+    assert evaluation.overall.steps == 300
+    assert evaluation.overall.mape < 2.0
+    assert abs(evaluation.overall.bias) < 1.0
+    assert 70 < evaluation.overall.coverage <= 100
+    assert sum(region.steps for region in evaluation.regions) == 300
+    assert sum(evaluation.overall.support.values()) == pytest.approx(100)
+
+
+def test_a_run_the_pack_was_made_of_is_called_so(built: Path, capture: Path) -> None:
+    assert evaluate(built, capture).held_out == {"run-001": False}
+
+
+def test_a_slower_device_shows_as_a_bias(built: Path, tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(300, seed=3, factor=1.25))
+
+    assert evaluate(built, tmp_path).overall.bias == pytest.approx(-20, abs=1.5)
+
+
+def test_steps_of_the_warm_up_and_the_first_ones_are_left_out_and_counted(tmp_path: Path) -> None:
+    made = captures.steps(400)
+    run = captures.write_run(tmp_path, made)
+    (run / "plan.jsonl").write_text(
+        json.dumps({"event": "warm-up begins", "monotonic_ns": made[0].dispatch_ns})
+        + "\n"
+        + json.dumps({"event": "warm-up ends", "monotonic_ns": made[50].dispatch_ns})
+    )
+    built = build_pack(BuildRequest(tmp_path, "sampled", skip_steps=10), tmp_path / "pack")
+
+    assert built.lines[0] == "  340 steps of 1 runs; left out: 50 of the warm-up, 10 first of a run"
+    assert pack.check_pack(tmp_path / "pack").manifest.coverage["steps"] == 340
+
+
+def test_runs_of_two_configurations_make_no_pack(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(50))
+    captures.write_run(tmp_path, captures.steps(50), number=2, engine={"max_num_seqs": 128, "num_kv_blocks": 600})
+
+    with pytest.raises(InvalidArgument, match="max_num_seqs is 64 and 128; num_kv_blocks is 682 and 600"):
+        build_pack(BuildRequest(tmp_path), tmp_path / "pack")
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "engine", "message"),
+    [
+        ({"kind": "composed"}, {}, "hybrid, sampled"),
+        ({"skip_steps": 1000}, {}, "no usable step"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(
+    tmp_path: Path, request_fields: dict[str, object], engine: dict[str, object], message: str
+) -> None:
+    captures.write_run(tmp_path, captures.steps(50), engine=engine)
+    with pytest.raises(InvalidArgument, match=message):
+        build_pack(BuildRequest(tmp_path, **request_fields), tmp_path / "pack")  # type: ignore[arg-type]
+
+
+def test_a_pack_compared_with_itself_has_not_moved(built: Path) -> None:
+    comparison = compare_packs(built, built)
+
+    assert comparison.fields == {}
+    assert {(region.change, region.effect, region.moved_share) for region in comparison.regions} == {(0, 0, 0)}
+
+
+@pytest.mark.slow
+def test_a_pack_of_a_slower_device_has_moved_everywhere(capture: Path, tmp_path: Path) -> None:
+    captures.write_run(tmp_path / "slow", captures.steps(600, seed=4, factor=1.1), engine={"max_num_seqs": 32})
+    build_pack(BuildRequest(capture), tmp_path / "a")
+    build_pack(BuildRequest(tmp_path / "slow"), tmp_path / "b")
+    comparison = compare_packs(tmp_path / "a", tmp_path / "b")
+
+    assert comparison.fields == {"engine.max_num_seqs": ("64", "32")}
+    assert comparison.regions
+    for region in comparison.regions:
+        assert region.change == pytest.approx(10, abs=2)
+        assert region.effect > 3
+        assert region.moved_share == 1
+
+
+def test_a_table_has_every_step_and_a_unit_for_every_column(capture: Path, tmp_path: Path) -> None:
+    runs = read_capture(capture)
+    assert write_table(runs, tmp_path / "steps.parquet") == 600
+    table = pq.read_table(tmp_path / "steps.parquet")
+    row = table.slice(17, 1).to_pylist()[0]
+    step = runs[0].steps[17]
+
+    assert table.column_names == ["run", *COLUMNS]
+    assert all(table.schema.field(name).metadata[b"unit"] for name in table.column_names)
+    assert (row["run"], row["step_index"], row["latency_ns"]) == ("run-001", step.step_index, step.latency_ns)
+    assert (row["prep_ns"], row["copy_ns"]) == (captures.PREP_NS, captures.COPY_NS)
+    with pytest.raises(InvalidArgument, match="exists"):
+        write_table(runs, tmp_path / "steps.parquet")
+
+
+@pytest.mark.slow
+def test_the_commands_do_all_of_it(capture: Path, held_out: Path, tmp_path: Path) -> None:
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert "KV blocks: 682 of 128 tokens, measured" in step_oracle("build", str(capture), "-o", one)
+    step_oracle("build", str(capture), "--kind", "sampled", "-o", other)
+    told = json.loads(step_oracle("evaluate", one, "--on", str(held_out), "--json"))
+    assert told["overall"]["steps"] == 300
+    assert "in the pack" in step_oracle("evaluate", one, "--on", str(capture))
+    assert "kind: hybrid in A, sampled in B" in step_oracle("pack", "compare", one, other)
+    assert json.loads(step_oracle("pack", "compare", one, other, "--json"))["left_out"] >= 0
+    for name in ("steps.parquet", "steps.csv"):
+        assert "600 steps of 1 runs" in step_oracle("trace", "export", str(capture), "-o", str(tmp_path / name))
+    fit = ("--device", "d", "--device-memory-gib", "24", "--kv-blocks", "682", "--block-size", "128")
+    assert "steps: 600" in step_oracle("fit", str(tmp_path / "steps.csv"), *fit, "-o", str(tmp_path / "fitted"))

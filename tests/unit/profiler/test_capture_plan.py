@@ -1,0 +1,96 @@
+"""Where a capture goes, and when it has been there long enough."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+import captures
+from profiler.capture.driver import Coverage
+from profiler.capture.plan import EngineLimits, Visit, batch_sizes, cost, is_tight, standard_error_percent, visits
+
+SMALL = EngineLimits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, kv_tokens=87_296)
+GRAPHS = (1, 2, 4, *range(8, 513, 8))
+LARGE = EngineLimits(1024, 8192, 40_960, 400_000, GRAPHS)
+
+
+@pytest.mark.parametrize("limits", [SMALL, LARGE, EngineLimits(1, 16, 128, 256), EngineLimits(3, 64, 256, 400)])
+def test_no_visit_asks_for_more_than_the_engine_has(limits: EngineLimits) -> None:
+    plan = visits(limits)
+
+    assert plan
+    for visit in plan:
+        assert visit.requests + visit.chunks <= limits.max_num_seqs
+        assert visit.requests * visit.context <= limits.kv_tokens
+        assert visit.context <= limits.max_model_len
+        assert visit.chunk <= limits.max_model_len
+        assert visit.chunk * visit.chunks + visit.requests <= limits.max_num_batched_tokens
+        assert visit.requests or visit.chunks
+
+
+def test_both_kinds_of_step_long_contexts_and_every_power_of_two_are_visited() -> None:
+    plan = visits(SMALL)
+
+    assert {visit.requests for visit in plan if not visit.chunk} >= {1, 2, 3, 4, 8, 16, 24, 32, 48, 64}
+    assert max(visit.context for visit in plan if visit.requests == 1) == 1024
+    assert {visit.chunks for visit in plan if visit.chunk and visit.requests} == {1, 2, 4}
+    assert any(visit.chunk + visit.requests == 512 for visit in plan)
+
+
+def test_both_sides_of_graph_sizes_are_visited() -> None:
+    sizes = {size for size, _ in batch_sizes(LARGE)}
+
+    assert {512, 504, 505} <= sizes
+    assert len(sizes) < 64
+
+
+def test_the_coarse_grid_comes_first_and_holds_both_kinds() -> None:
+    levels = [visit.level for visit in visits(LARGE)]
+    first = [visit for visit in visits(LARGE) if visit.level == 0]
+
+    assert levels == sorted(levels)
+    assert {bool(visit.chunk) for visit in first[:4]} == {True, False}
+    assert cost(first[0]) < cost(first[-1])
+
+
+def test_a_region_is_tight_when_its_mean_is_known_and_not_before() -> None:
+    source = random.Random(1)
+    noisy = [source.gauss(10.0, 1.0) for _ in range(400)]
+
+    assert standard_error_percent(noisy) == pytest.approx(0.5, rel=0.2)
+    assert is_tight(noisy, 1.0)
+    assert not is_tight(noisy[:20], 1.0)
+    assert not is_tight([10.0] * 7, 1.0)
+    assert math.isinf(standard_error_percent([10.0]))
+
+
+def test_one_stall_does_not_keep_a_region_open() -> None:
+    assert is_tight([10.0, 10.1] * 10 + [4000.0], 1.0)
+
+
+def test_a_step_counts_for_the_region_it_lies_in() -> None:
+    decode = next(step for step in captures.steps(40) if not step.chunk_tokens)
+    each = decode.decode_context_tokens // decode.num_decode_requests
+    requests = decode.num_decode_requests
+
+    assert Visit(requests, each).holds(decode)
+    assert Visit(requests, round(each * 1.4)).holds(decode)
+    assert not Visit(requests, 2 * each).holds(decode)
+    assert not Visit(requests + 1, each).holds(decode)
+    assert not Visit(requests, each, chunk=16, chunks=1).holds(decode)
+
+
+def test_steps_count_for_their_region_and_those_of_a_warm_up_do_not() -> None:
+    made = captures.steps(60)
+    plan = [Visit(step.num_decode_requests, step.max_decode_context_tokens) for step in made if not step.chunk_tokens]
+    coverage = Coverage(sorted(set(plan)))
+    coverage.take([step._replace(warm_up=True) for step in made[:10]])
+    coverage.take(made[10:])
+    counted = sum(len(latencies) for latencies in coverage.latencies.values())
+
+    assert counted == sum(not step.chunk_tokens for step in made[10:])
+    assert coverage.decode_steps + coverage.mixed_steps == 50
+    assert not coverage.makes_a_pack(), "12 steps with chunks are too few for a fit"
+    assert coverage.prefill_tokens == sum(sum(step.chunk_tokens) for step in made[10:])

@@ -1,0 +1,151 @@
+"""A capture read back: files joined step by step, warm-up marked, cost counted, whatever is missing said."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import captures
+from oracle_server.errors import InvalidArgument
+from profiler.capture.device_times import HostClock
+from profiler.capture.recording import SchedulerRecording, WorkerRecording
+from profiler.capture.steps import PLAN_FILE, RunTail, read_capture
+from schedules import new, output
+
+
+def test_what_was_captured_is_read(tmp_path: Path) -> None:
+    made = captures.steps(40)
+    captures.write_run(tmp_path, made)
+    run = read_capture(tmp_path)[0]
+
+    assert list(run.steps) == made
+    assert (run.name, run.timing, run.notes) == ("run-001", "host", ())
+    assert run.engine["engine"]["num_kv_blocks"] == 682
+    assert run.ranks[0]["attention_backends"] == ["CPU_ATTN"]
+
+
+def test_a_run_of_a_capture_can_be_read_alone(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(5))
+    run = captures.write_run(tmp_path, captures.steps(7, seed=2), number=2)
+
+    assert [len(run.steps) for run in read_capture(tmp_path)] == [5, 7]
+    assert [len(run.steps) for run in read_capture(run)] == [7]
+
+
+def test_a_worker_that_counted_other_calls_too_is_recognized_by_its_tokens(tmp_path: Path) -> None:
+    made = captures.steps(200)
+    captures.write_run(tmp_path, made, worker_offset=3)
+    run = read_capture(tmp_path)[0]
+
+    assert list(run.steps) == made
+    assert run.notes == ("rank-0.capture counts its steps 3 away from the scheduler",)
+
+
+def test_a_step_that_a_rank_does_not_have_is_left_out_and_counted(tmp_path: Path) -> None:
+    made = captures.steps(50)
+    run = captures.write_run(tmp_path, made, ranks=2)
+    (run / "rank-1.capture").unlink()
+    (tmp_path / "other").mkdir()
+    shorter = captures.write_run(tmp_path / "other", made[:30])
+    (shorter / "rank-0.capture").rename(run / "rank-1.capture")
+    found = read_capture(tmp_path)[0]
+
+    assert list(found.steps) == made[:30]
+    assert found.notes == ("20 of 50 steps are not in every rank's file",)
+
+
+def test_a_broken_end_is_reported_with_the_file(tmp_path: Path) -> None:
+    run = captures.write_run(tmp_path, captures.steps(5))
+    with (run / "engine.capture").open("ab") as file:
+        file.write(b"\x40\x00\x00\x00half a record")
+    found = read_capture(tmp_path)[0]
+
+    assert len(found.steps) == 5
+    assert found.notes == ("engine.capture: 17 bytes cut, the last record is not whole",)
+
+
+def test_steps_of_a_warm_up_are_marked(tmp_path: Path) -> None:
+    made = captures.steps(10)
+    run = captures.write_run(tmp_path, made)
+    events = [
+        {"event": "warm-up begins", "monotonic_ns": made[2].dispatch_ns},
+        {"event": "warm-up ends", "monotonic_ns": made[5].dispatch_ns},
+    ]
+    (run / PLAN_FILE).write_text("\n".join(map(json.dumps, events)) + '\n{"event": "half a li')
+
+    assert [step.warm_up for step in read_capture(tmp_path)[0].steps] == [False] * 2 + [True] * 3 + [False] * 5
+
+
+def test_a_run_that_is_still_written_is_read_as_it_grows(tmp_path: Path) -> None:
+    """Files grow byte by byte, at their own pace; each step comes once, when all of them have it."""
+    made = captures.steps(30)
+    whole = captures.write_run(tmp_path / "whole", made, ranks=2, steps_per_record=4)
+    run = captures.write_run(tmp_path / "growing", made, ranks=2)
+    names = ("engine.capture", "rank-0.capture", "rank-1.capture")
+    written = {name: (whole / name).read_bytes() for name in names}
+    for name in names:
+        (run / name).write_bytes(written[name][:8])
+    tail, source, came, shown = RunTail(run), random.Random(3), [], dict.fromkeys(names, 8)
+    while any(shown[name] < len(written[name]) for name in names):
+        name = source.choice(names)
+        shown[name] += source.randint(1, 150)
+        (run / name).write_bytes(written[name][: shown[name]])
+        came.append(tail.new_steps())
+
+    assert [step for steps in came for step in steps] == made
+    assert sum(bool(steps) for steps in came) > 2
+
+
+def test_a_folder_without_a_capture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="no run-"):
+        read_capture(tmp_path)
+
+
+def test_scheduler_and_worker_meet_in_one_step_with_the_tokens_that_came_out(tmp_path: Path) -> None:
+    run = captures.write_run(tmp_path, captures.steps(1))
+    for name in ("engine", "rank-0"):
+        (run / f"{name}.capture").unlink()
+    scheduler, worker = SchedulerRecording(run / "engine.capture"), WorkerRecording(run / "rank-0.capture", HostClock())
+    outputs = [
+        output({"a": 10}, new_requests=(new("a", 10),)),
+        output({}),
+        output({"a": 1}, cached=(("a", 10, 1),)),
+    ]
+    for scheduled, tokens in zip(outputs, ([[7]], [], [[8]]), strict=True):
+        scheduler.dispatched(scheduled)
+        worker.begin(scheduled.total_num_scheduled_tokens)
+        worker.end()
+        scheduler.finished(scheduled, type("Result", (), {"sampled_token_ids": tokens}))
+    scheduler.close()
+    worker.close()
+    steps = read_capture(tmp_path)[0].steps
+
+    assert [(step.step_index, step.chunk_tokens, step.num_decode_requests) for step in steps] == [
+        (0, (10,), 0),
+        (2, (), 1),
+    ]
+    assert [step.generated_tokens for step in steps] == [1, 1]
+    for step in steps:
+        assert step.dispatch_ns <= step.device_start_ns <= step.device_end_ns <= step.result_ns
+
+
+def test_steps_in_flight_together_keep_their_results_apart(tmp_path: Path) -> None:
+    """Asynchronous scheduling: the next step is dispatched before the result of this one."""
+    scheduler = SchedulerRecording(tmp_path / "engine.capture")
+    first, second = output({"a": 10}, new_requests=(new("a", 10),)), output({"a": 1}, cached=(("a", 10, 1),))
+    scheduler.dispatched(first)
+    scheduler.dispatched(second)
+    scheduler.finished(first, type("Result", (), {"sampled_token_ids": [[1]]}))
+    scheduler.finished(second, type("Result", (), {"sampled_token_ids": [[1, 2]]}))
+    scheduler.close()
+    from profiler.capture.trace_file import read_capture_file
+
+    steps = [
+        (step.step_index, step.generated_tokens)
+        for record in read_capture_file(tmp_path / "engine.capture").records
+        for step in record.scheduled.steps
+    ]
+    assert steps == [(0, 1), (1, 2)]
