@@ -38,7 +38,15 @@ PROMPTS = LengthMix(median=320, sigma=0.8, least=50, most=1000)
 OUTPUTS = LengthMix(median=85, sigma=0.6, least=20, most=300)
 
 
-def write_dataset(path: Path, model: Path, *, requests: int, seed: int) -> None:
+def write_dataset(
+    path: Path,
+    model: Path,
+    *,
+    requests: int,
+    seed: int,
+    prompts: LengthMix = PROMPTS,
+    outputs: LengthMix = OUTPUTS,
+) -> None:
     """A file in ShareGPT's format, which is the one of vLLM's datasets that needs no pandas; one request per entry.
 
     The texts are made of words the model's tokenizer has as one token each, so that lengths are as drawn; two prompts
@@ -53,7 +61,7 @@ def write_dataset(path: Path, model: Path, *, requests: int, seed: int) -> None:
         return "".join(f" {source.choice(words)}" for _ in range(mix.draw(source)))
 
     entries = [
-        {"conversations": [{"from": "human", "value": text(PROMPTS)}, {"from": "gpt", "value": text(OUTPUTS)}]}
+        {"conversations": [{"from": "human", "value": text(prompts)}, {"from": "gpt", "value": text(outputs)}]}
         for _ in range(requests)
     ]
     path.write_text(json.dumps(entries), encoding="utf-8")

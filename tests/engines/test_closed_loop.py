@@ -1,0 +1,42 @@
+"""The closed loop as `make closed-loop` runs it, in a short form: what it prints and writes, not how close it comes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from environments import REPOSITORY, cpu_vllm_environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path) -> None:
+    cpu_vllm_environment()
+    deltas, figures = tmp_path / "per_rate_deltas.csv", tmp_path / "figures.json"
+    command = [sys.executable, "-m", "deploy.closed_loop.closed_loop", "--quick", "--seconds", "3"]
+    paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    done = subprocess.run(
+        [*command, "--csv", str(deltas), "--json", str(figures)],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    document = json.loads(figures.read_text())
+
+    assert [entry["workload"]["name"] for entry in document["comparisons"]] == ["Poisson 4/s", "closed loop 8"]
+    for entry in document["comparisons"]:
+        for figure in entry["figures"]:
+            assert len(figure["real"]) == len(figure["emulated"]) == 2
+            assert all(math.isfinite(value) and value > 0 for value in (*figure["real"], *figure["emulated"]))
+    assert len(deltas.read_text().splitlines()) == 3
+    assert "± real" in done.stdout
+    assert "means are beyond their bound" in done.stdout

@@ -1,0 +1,118 @@
+"""What the closed loop makes of its runs: errors, noise, bounds, LLM-Emu's columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.closed_loop import cores
+from deploy.closed_loop.comparison import METRICS, as_json, beyond_bounds, compare, print_comparisons, write_deltas
+from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
+
+
+def result(**changes: float) -> dict[str, Any]:
+    return {**{key: 100.0 for _, key, _ in METRICS}, "completed": 40, **changes}
+
+
+POISSON = Workload("Poisson 2/s", rate=2.0)
+
+
+def test_the_error_is_that_of_means_and_the_noise_that_of_the_farthest_real_run() -> None:
+    real = [result(mean_ttft_ms=90.0), result(mean_ttft_ms=100.0), result(mean_ttft_ms=110.0)]
+    emulated = [result(mean_ttft_ms=101.0), result(mean_ttft_ms=105.0)]
+    figure = compare(POISSON, real, emulated).figure("mean_ttft_ms")
+
+    assert figure.error_percent == pytest.approx(3.0)
+    assert figure.noise_percent == pytest.approx(10.0)
+    assert figure.is_within
+
+
+def test_every_mean_has_a_bound_and_one_beyond_it_is_named_with_the_noise() -> None:
+    real = [result(mean_tpot_ms=100.0), result(mean_tpot_ms=102.0)]
+    comparison = compare(POISSON, real, [result(mean_tpot_ms=105.0)])
+
+    assert [figure.metric for figure in comparison.figures if figure.bound_percent] == [
+        *("TTFT mean", "TPOT mean", "ITL mean", "E2E mean", "output tokens/s")
+    ]
+    assert beyond_bounds([comparison]) == ["Poisson 2/s: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)"]
+    assert beyond_bounds([compare(POISSON, real, real)]) == []
+
+
+def test_the_table_has_mean_p50_p90_and_p99_of_four_times_and_the_throughput(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_comparisons([compare(workload, [result()], [result(p99_itl_ms=150.0)]) for workload in WORKLOADS])
+    told = capsys.readouterr().out
+
+    for label in ("TTFT", "TPOT", "ITL", "E2E"):
+        for statistic in ("mean", "P50", "P90", "P99"):
+            assert f"{label} {statistic}" in told
+    assert told.count("+50.0") == len(WORKLOADS)
+    assert all(workload.name in told for workload in WORKLOADS)
+
+
+def test_errors_are_written_in_llm_emus_columns(tmp_path: Path) -> None:
+    emulated = result(mean_ttft_ms=104.0, mean_tpot_ms=99.0, output_throughput=101.0)
+    loop = Workload("closed loop 8", users=8)
+    write_deltas(tmp_path / "d.csv", [compare(workload, [result()], [emulated]) for workload in (POISSON, loop)])
+    with (tmp_path / "d.csv").open() as file:
+        rows = list(csv.reader(file))
+
+    assert rows[0] == [
+        *("rate", "ttft_mean_pct", "tpot_mean_pct", "itl_mean_pct", "e2e_mean_pct", "tps_pct", "workload")
+    ]
+    assert rows[1] == ["2", "4.00", "-1.00", "0.00", "0.00", "1.00", "Poisson 2/s"]
+    assert rows[2][0] == "inf"
+
+
+def test_every_run_is_in_the_json() -> None:
+    document = json.loads(json.dumps(as_json([compare(POISSON, [result()] * 3, [result()] * 2)])))
+
+    assert len(document[0]["figures"]) == 17
+    assert {len(figure["real"]) for figure in document[0]["figures"]} == {3}
+    assert {len(figure["emulated"]) for figure in document[0]["figures"]} == {2}
+
+
+def test_two_rates_a_bursty_one_and_a_closed_loop_are_run() -> None:
+    assert [workload.flags() for workload in WORKLOADS] == [
+        ("--request-rate", "2", "--burstiness", "1"),
+        ("--request-rate", "4", "--burstiness", "1"),
+        ("--request-rate", "3", "--burstiness", "0.25"),
+        ("--request-rate", "inf", "--max-concurrency", "8"),
+    ]
+    assert set(QUICK_WORKLOADS) < set(WORKLOADS)
+    assert all(workload.requests(0.1) >= 4 for workload in WORKLOADS)
+
+
+def test_all_but_what_is_bound_to_it_leave_the_models_core() -> None:
+    """A process with a child: one thread of the child is bound to the core, as vLLM binds its worker."""
+    child = (
+        "import os, sys, threading; ready = threading.Barrier(2)\n"
+        f"def bound(): os.sched_setaffinity(0, {{{cores.MODEL_CORE}}}); ready.wait(); threading.Event().wait()\n"
+        "thread = threading.Thread(target=bound, daemon=True); thread.start(); ready.wait()\n"
+        "print(os.getpid(), thread.native_id, flush=True); sys.stdin.read()\n"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid, thread = map(int, process.stdout.readline().split())
+        cores.leave_core_to_the_model(process.pid)
+        affinities = [os.sched_getaffinity(each) for each in (process.pid, pid, thread)]
+        process.communicate("", timeout=60)
+
+    assert affinities == [cores.OTHERS, cores.OTHERS, {cores.MODEL_CORE}]
+
+
+def test_what_is_started_beside_the_model_keeps_off_its_core_and_this_process_gets_it_back() -> None:
+    with cores.on_other_cores():
+        assert os.sched_getaffinity(0) == cores.OTHERS
+    assert os.sched_getaffinity(0) == cores.ALL
