@@ -1,0 +1,116 @@
+"""The compiled load client gets what a grpcio client gets, and says so where it does not."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from oracle_calls import Calls, identity
+from oracle_process import OracleProcess
+from performance.load.client import LoadFailed, LoadRun, NoCompiler, build_client, run_load
+from performance.load.script import STREAM, UNARY, Script, ScriptEngine, stream_messages, unary_messages
+from performance.load.sequences import mixed_share, step_sequence
+from step_oracle.v1 import oracle_service_pb2, step_pb2
+
+STEPS = step_sequence(300, seed=5)
+PERIOD_NS = 1_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> None:
+    try:
+        build_client()
+    except NoCompiler as error:
+        pytest.skip(str(error))
+
+
+def opening(calls: Calls, name: str) -> bytes:
+    """The first message of a stream of an engine that has attached."""
+    engine = identity(name)
+    opened = oracle_service_pb2.StreamOpen(engine=engine, incarnation=calls.attach(engine).incarnation)
+    return oracle_service_pb2.StreamStepsRequest(open=opened).SerializeToString()
+
+
+def streams(calls: Calls, names: list[str], steps: list[step_pb2.StepRequest] = STEPS) -> Script:
+    messages = stream_messages(steps, period_ns=PERIOD_NS, generation=1)
+    engines = [ScriptEngine(0, 100_000 * i, opening(calls, name)) for i, name in enumerate(names)]
+    return Script(STREAM, [messages], engines)
+
+
+def replies_of(run: LoadRun, engine: int) -> list[step_pb2.StepReply]:
+    return [reply for number, reply in run.replies if number == engine]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_streamed_answers_equal_those_of_a_grpcio_client(
+    closed: bool, shared: Calls, shared_server: OracleProcess
+) -> None:
+    names = ["load-0", "load-1", "load-2"]
+    expected = []
+    for name in names:
+        stream = shared.join(name)
+        expected.append([reply for step in STEPS for reply in stream.ask(step)])
+        stream.close()
+    run = run_load(streams(shared, names), shared_server.target, closed=closed, answers=True)
+    assert run.kept_up
+    assert run.steps == len(names) * len(STEPS)
+    assert [replies_of(run, engine) for engine in range(len(names))] == expected
+    assert (run.latency_ns > 0).all()
+
+
+def test_unary_answers_equal_those_of_a_grpcio_client(shared: Calls, shared_server: OracleProcess) -> None:
+    engine = oracle_service_pb2.SampleStepRequest(engine=identity("load-unary")).SerializeToString()
+    script = Script(UNARY, [unary_messages(STEPS, period_ns=PERIOD_NS)], [ScriptEngine(0, 0, engine)])
+    run = run_load(script, shared_server.target, answers=True)
+    assert run.kept_up
+    assert replies_of(run, 0) == shared.sample(identity("load-unary"), STEPS)
+
+
+def test_the_client_speaks_over_a_unix_socket(tmp_path: Path, pack_dirs: dict[str, Path]) -> None:
+    with OracleProcess(tmp_path / "state", listen=(f"unix:{tmp_path}/s",)) as server, Calls(server.target) as calls:
+        calls.create(calls.upload(pack_dirs["sampled"]))
+        run = run_load(streams(calls, ["e"]), server.target, answers=True)
+        assert replies_of(run, 0) == calls.sample(identity("e"), STEPS)
+
+
+def test_an_open_loop_charges_a_stalled_server_for_what_was_due(shared: Calls, shared_server: OracleProcess) -> None:
+    script = streams(shared, ["load-due"])
+    run = run_load(script, shared_server.target)
+    assert (run.due_ns == [i * PERIOD_NS for i in range(len(STEPS))]).all()
+    assert (run.sent_ns >= run.due_ns).all()
+    assert (run.latency_ns >= run.answered_ns - run.sent_ns).all()
+
+
+def test_a_server_that_refuses_a_step_is_an_error(shared: Calls, shared_server: OracleProcess) -> None:
+    bad = step_pb2.StepRequest(step_index=1, shape=step_pb2.StepShape(concurrency=3))
+    script = streams(shared, ["load-bad"], [STEPS[0], bad])
+    with pytest.raises(LoadFailed, match=r"status that is not 0.*cannot be"):
+        run_load(script, shared_server.target)
+
+
+def test_a_stream_that_the_server_does_not_open_is_an_error(shared: Calls, shared_server: OracleProcess) -> None:
+    never = oracle_service_pb2.StreamStepsRequest().SerializeToString()
+    messages = stream_messages(STEPS, period_ns=PERIOD_NS, generation=1)
+    with pytest.raises(LoadFailed, match="status that is not 0"):
+        run_load(Script(STREAM, [messages], [ScriptEngine(0, 0, never)]), shared_server.target)
+
+
+def test_only_loopback_is_a_target() -> None:
+    with pytest.raises(LoadFailed, match="allowed are 127"):
+        run_load(Script(STREAM, [], []), "192.0.2.1:80")
+
+
+def test_a_sequence_is_what_a_scheduler_makes() -> None:
+    steps = step_sequence(3000, seed=1)
+    assert steps == step_sequence(3000, seed=1)
+    assert 0.10 < mixed_share(steps) < 0.14
+    for before, after in itertools.pairwise(steps):
+        shape = after.shape
+        assert after.step_index == before.step_index + 1
+        assert shape.concurrency == shape.num_decode_requests + len(shape.prefill_chunks)
+        assert shape.previous_prefill_tokens == sum(chunk.num_tokens for chunk in before.shape.prefill_chunks)
+        if shape.num_decode_requests:
+            longest, context = shape.max_decode_context_tokens, shape.decode_context_tokens
+            assert longest <= context <= shape.num_decode_requests * longest
