@@ -17,7 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="VERSION",
         help=f"vLLM version the `vllm` tests run with; may be repeated (default: {', '.join(VLLM_VERSIONS)})",
     )
-    parser.addoption("--accuracy-json", type=Path, help="write the figures of the accuracy gates here")
+    parser.addoption(
+        "--accuracy-output",
+        type=Path,
+        metavar="DIR",
+        help="folder for figures, table and pictures of the gates",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

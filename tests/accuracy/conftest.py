@@ -1,54 +1,69 @@
-"""Every figure of the accuracy gates ends in one table, and in JSON where asked for."""
+"""Every figure of the accuracy gates ends in one table, and in files and pictures where asked for."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
-from gates import Gates
+from accuracy.table import WIDTH, print_table
+from gates import Gates, Record
 
-_GATES = pytest.StashKey[Gates]()
+# What each test measured, by its place in the session: processes run side by side, the table keeps the order.
+_RECORDS = pytest.StashKey[dict[int, Record]]()
+_WORKER_OUTPUT = "accuracy_records"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_GATES] = Gates()
+    config.stash[_RECORDS] = {}
 
 
 @pytest.fixture
 def gates(request: pytest.FixtureRequest) -> Gates:
-    """Where a test puts its figures."""
-    return request.config.stash[_GATES]
+    """Where a test puts its figures, curves and points."""
+    collected = Gates()
+    place = request.session.items.index(request.node)
+    request.config.stash[_RECORDS][place] = collected.record
+    return collected
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    result = yield
+    gates = getattr(item, "funcargs", {}).get("gates")
+    if gates is not None:
+        gates.assert_held()
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of several hands what it measured to the one that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        records = session.config.stash[_RECORDS]
+        output[_WORKER_OUTPUT] = json.dumps({place: record.document() for place, record in records.items()})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    output = getattr(node, "workeroutput", {}).get(_WORKER_OUTPUT, "{}")
+    records = {int(place): Record.of(document) for place, document in json.loads(output).items()}
+    node.config.stash[_RECORDS].update(records)
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
-    figures = config.stash[_GATES].figures
-    if not figures:
+    record = Record()
+    for _, part in sorted(config.stash[_RECORDS].items()):
+        record.add(part)
+    if not record.figures:
         return
-    table = Table(title="Accuracy gates")
-    for heading, justify in (
-        ("gate", "left"),
-        ("figure", "left"),
-        ("value", "right"),
-        ("bound", "right"),
-        ("", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    table.add_column("controls", justify="left")
-    for figure in figures:
-        table.add_row(
-            figure.gate,
-            figure.what,
-            f"{figure.value:+.2f} {figure.unit}",
-            "" if figure.at_most is None else f"± {figure.at_most:g} {figure.unit}",
-            {True: "held", False: "MISSED", None: ""}[figure.held],
-            ", ".join(f"{name} {value:+.2f}" for name, value in figure.controls.items()),
-        )
-    Console(width=140).print(table)
-    path = config.getoption("--accuracy-json")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(figure) | {"held": figure.held} for figure in figures], indent=1) + "\n")
+    print_table(record.figures, Console(width=WIDTH))
+    folder: Path | None = config.getoption("--accuracy-output")
+    if folder is not None:
+        from accuracy.files import write
+
+        print("\n".join(["", *map(str, write(record, folder))]))

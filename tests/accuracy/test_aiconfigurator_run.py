@@ -15,7 +15,7 @@ import pytest
 
 from fleet import step_oracle
 from gates import Gates
-from replays import replay
+from replays import MEASURED_RUNS, replay
 
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 pytest.importorskip("aiconfigurator_core", reason="the `synthesize` extra is not installed")
@@ -25,18 +25,19 @@ pytest.importorskip("aiconfigurator_core", reason="the `synthesize` extra is not
 def test_a_synthesized_pack_replays_the_real_run_within_its_uncertainty(
     kind: str, data_folder: Path, tmp_path: Path, gates: Gates
 ) -> None:
-    data = data_folder / "llmservingsim"
+    run = MEASURED_RUNS["RTX PRO 6000"]
     model, pack = tmp_path / "llama-3.1-8b", tmp_path / "pack"
     model.mkdir()
-    (model / "config.json").write_bytes((data / "Llama-3.1-8B.config.json").read_bytes())
+    (model / "config.json").write_bytes(run.model_config(data_folder).read_bytes())
     flag = "--corrections" if kind == "corrected" else "--no-corrections"
     blocks = ("--kv-blocks", "35000", "--kv-blocks-basis", "assumed")
     step_oracle("synthesize", "--system", "rtx_pro_6000_server", "--model", str(model), *blocks, flag, "-o", str(pack))
-    requests = data / "sharegpt-llama-3.1-8b-300-sps10.jsonl"
-    real = data / "RTXPRO6000-Llama-3.1-8B-tp1" / "run"
-    document = replay(pack, model, tmp_path, "--requests", str(requests), "--real-run", str(real))
+    real = ("--requests", str(run.requests(data_folder)), "--real-run", str(run.folder(data_folder)))
+    document = replay(pack, model, tmp_path, *real)
     uncertainty = json.loads((pack / "manifest.json").read_text())["uncertainty"]
     low, high = uncertainty["low_percent"], uncertainty["high_percent"]
+    gate = f"AIConfigurator pack, PRO 6000 run, {kind}"
+    gates.source(gate, "casys-kaist/LLMServingSim @ 5daddb2: 300 requests on real vLLM 0.19, Llama-3.1-8B")
     for metric in ("ttft", "tpot", "e2e"):
         error = document["error_percent"][metric]["mean"]
         # Where the truth lies as seen from the answer, in the words of the pack's statement.
@@ -44,6 +45,6 @@ def test_a_synthesized_pack_replays_the_real_run_within_its_uncertainty(
         inside = low <= truth <= high
         what = f"{metric.upper()} mean; truth {truth:+.1f} % from the answer, stated {low:+g} to {high:+g} %"
         where = "inside" if inside else "OUTSIDE"
-        gates.check(f"AIConfigurator pack, PRO 6000 run, {kind}", f"{what}: {where}", error)
+        gates.check(gate, f"{what}: {where}", error)
         # The pack makes no claim on TTFT under load.
         assert inside or metric == "ttft", what

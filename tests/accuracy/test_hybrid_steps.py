@@ -48,6 +48,7 @@ def test_hybrid_predicts_real_steps_of_regions_it_has_not_seen(run: str, data_fo
                 errors[model].append(np.abs(predict(train, test) / test.latency_ns - 1))
         figures[region] = {model: 100 * float(np.concatenate(found).mean()) for model, found in errors.items()}
         print(f"  {region:<16} " + "  ".join(f"{model} {value:.2f}" for model, value in figures[region].items()))
+    gates.source("BLIS H100 steps", "inference-sim/inference-sim @ 9293b22 (BLIS): steps of real vLLM 0.15.1 on H100")
     for region, values in figures.items():
         hybrid = values.pop("hybrid")
         gates.check("BLIS H100 steps", f"{run}: MAPE {region}", hybrid, at_most=GATES[region], controls=values)
@@ -67,9 +68,18 @@ def _physics(train: StepSamples, test: StepSamples) -> Reals:
     return physics(test, fit_hybrid(train, OPTIONS).terms, ())
 
 
-def _llm_emu_key(train: StepSamples, test: StepSamples) -> Reals:
+def _llm_emu_auto(train: StepSamples, test: StepSamples) -> Reals:
     """LLM-Emu's key, K = auto: buckets of (total tokens, concurrency) in a table of decode and one of prefill steps,
     pooled from the nearest until they hold 32 samples; the expected value of its Shepard draw."""
+    return _llm_emu_key(train, test, least_samples=32)
+
+
+def _llm_emu_k1(train: StepSamples, test: StepSamples) -> Reals:
+    """The same with K = 1: the nearest tokens, then the nearest concurrency, and that bucket alone."""
+    return _llm_emu_key(train, test, least_samples=0)
+
+
+def _llm_emu_key(train: StepSamples, test: StepSamples, least_samples: int) -> Reals:
     predicted = np.zeros(len(test))
     for mixed in (False, True):
         rows = test.mixed == mixed
@@ -82,12 +92,15 @@ def _llm_emu_key(train: StepSamples, test: StepSamples) -> Reals:
         span = np.maximum(1, buckets.max(axis=0) - buckets.min(axis=0))
         values = []
         for point in asked:
+            if not least_samples:
+                values.append(mean[np.lexsort(np.abs(buckets - point).T[::-1])[0]])
+                continue
             square = (((buckets - point) / span) ** 2).sum(axis=1)
             order = np.argsort(square, kind="stable")
             if square[order[0]] == 0:
                 values.append(mean[order[0]])
                 continue
-            taken = order[: 1 + int(np.searchsorted(np.cumsum(count[order]), 32))]
+            taken = order[: 1 + int(np.searchsorted(np.cumsum(count[order]), least_samples))]
             values.append(np.average(mean[taken], weights=1 / square[taken]))
         predicted[rows] = values
     return predicted
@@ -129,7 +142,8 @@ def _features(steps: StepSamples) -> Reals:
 MODELS: dict[str, Callable[[StepSamples, StepSamples], Reals]] = {
     "hybrid": _hybrid,
     "physics alone": _physics,
-    "LLM-Emu's key": _llm_emu_key,
-    "neighbours": _neighbours,
+    "LLM-Emu auto": _llm_emu_auto,
+    "LLM-Emu K=1": _llm_emu_k1,
+    "nearest neighbours": _neighbours,
     "boosted trees": _boosted_trees,
 }

@@ -21,6 +21,9 @@ from replays import replay
 pytestmark = [pytest.mark.accuracy, pytest.mark.slow, pytest.mark.nightly]
 
 GATE = "MI300X pack, published points"
+SOURCE = "ROCm/rocm-aic @ c379040 (LLM-Emu): published points of a real MI300X, Qwen3-8B"
+METRICS = (("TTFT", "ms"), ("TPOT", "ms"), ("throughput", "tokens/s"))
+CONTROLS = {"auto": "LLM-Emu auto", "k1": "LLM-Emu K=1"}
 
 
 class Point(NamedTuple):
@@ -67,27 +70,30 @@ def test_the_published_points(
     engine = f"--max-model-len 8192 --max-num-batched-tokens 4096 --gpu-memory-utilization 0.85 {flag}"
     loop = ("--users", str(point.concurrency), "--loop-requests", str(point.requests))
     lengths = ("--prompt-tokens", str(point.prompt), "--output-tokens", str(point.output))
-    errors = {}
     # A control costs a start of vLLM: where the promise is, both; elsewhere LLM-Emu's default.
     controls_here = [] if scheduling == "sync" else ["auto", "k1"] if point.concurrency == 16 else ["auto"]
+    found = {f"replayed, {scheduling}": (0.0, 0.0, 0.0), "LLM-Emu published": point.llm_emu}
     for name in ("ours", *controls_here):
         arguments = (*loop, *lengths, "--engine-args", f"{engine} --no-enable-prefix-caching")
-        errors[name] = _errors(replay(packs[name], model, tmp_path, *arguments), point)
-    published = [100 * (emulated / real - 1) for emulated, real in zip(point.llm_emu, point.real, strict=True)]
-    for i, metric in enumerate(("TTFT", "TPOT", "throughput")):
-        controls = {"LLM-Emu published": published[i]}
-        controls |= {f"control {name}": found[i] for name, found in errors.items() if name != "ours"}
+        found[CONTROLS.get(name, f"replayed, {scheduling}")] = _metrics(
+            replay(packs[name], model, tmp_path, *arguments), point
+        )
+    label = f"{point.prompt} in, {point.output} out, concurrency {point.concurrency}"
+    gates.source(GATE, SOURCE)
+    for i, (metric, unit) in enumerate(METRICS):
+        gates.points(GATE, metric, {label: point.real[i]}, series="measured", unit=unit)
+        for series, values in found.items():
+            gates.points(GATE, metric, {label: values[i]}, series=series, unit=unit)
+        errors = {series: 100 * (values[i] / point.real[i] - 1) for series, values in found.items()}
+        ours = errors.pop(f"replayed, {scheduling}")
         # The promise: at concurrency 16 closer than LLM-Emu's published emulation, but for TTFT.
         promised = point.concurrency == 16 and metric != "TTFT"
-        what = f"{point.prompt} in, {point.output} out, concurrency {point.concurrency}, {scheduling}: {metric}"
-        at_most = round(abs(published[i]), 1) if promised else None
-        gates.check(GATE, what, errors["ours"][i], at_most=at_most, controls=controls)
+        at_most = round(abs(errors["LLM-Emu published"]), 1) if promised else None
+        gates.check(GATE, f"{label}, {scheduling}: {metric}", ours, at_most=at_most, controls=errors)
 
 
-def _errors(result: dict[str, Any], point: Point) -> tuple[float, float, float]:
-    """Signed errors in percent of mean TTFT, mean TPOT and output tokens per second."""
+def _metrics(result: dict[str, Any], point: Point) -> tuple[float, float, float]:
+    """Mean TTFT and mean TPOT in milliseconds, output tokens per second."""
     metrics = result["metrics_ms"]
-    found = (metrics["ttft"]["mean"], metrics["tpot"]["mean"], result["runs"][0]["output_tokens_per_second"])
     assert result["runs"][0]["output_tokens"] == point.requests * point.output, json.dumps(result["runs"][0])[:500]
-    ttft, tpot, throughput = (100 * (ours / real - 1) for ours, real in zip(found, point.real, strict=True))
-    return ttft, tpot, throughput
+    return metrics["ttft"]["mean"], metrics["tpot"]["mean"], result["runs"][0]["output_tokens_per_second"]

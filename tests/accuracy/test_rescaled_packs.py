@@ -69,6 +69,7 @@ def test_a_synthesized_pack_is_right_on_average_after_real_steps(
     before, after = rescaled.unseen_before_percent, rescaled.unseen_after_percent
     what = f"{file.removesuffix('.parquet')}, fit on {steps} steps, {rescaled.unseen} others"
     gate = "synthesized pack rescaled to real H100 steps"
+    gates.source(gate, "inference-sim/inference-sim @ 9293b22 (BLIS): steps of real vLLM 0.15.1 on H100")
     gates.check(gate, f"{what}: mean error", after[0], at_most=mean_at_most, controls={"before": before[0]})
     gates.check(gate, f"{what}: mean absolute", after[1], at_most=before[1], controls={"before": before[1]})
 
@@ -86,6 +87,7 @@ def test_operators_of_one_gpu_become_those_of_another(gates: Gates, data_folder:
     scatter = np.random.default_rng(3).lognormal(0.0, 0.012, len(queries))
     write_steps(tmp_path / "steps.csv", queries, np.array(latency_ns) * scatter)
     gate = "PRO 6000 operators rescaled to RTX 4090 steps"
+    gates.source(gate, "operators by casys-kaist/LLMServingSim @ 5daddb2")
     for steps in (50, 200):
         rescaled = rescale(RescaleRequest(tmp_path / "RTXPRO6000", tmp_path / "steps.csv", steps=steps))
         before, after = rescaled.unseen_before_percent, rescaled.unseen_after_percent

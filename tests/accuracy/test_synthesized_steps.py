@@ -121,6 +121,7 @@ def test_composed_steps_equal_the_librarys_own(system: str, tensor_parallel: int
             f"{system} TP{tensor_parallel} {kind:<8} |error| median {median:.3f} % P99 {p99:.2f} % max {largest:.2f} %"
         )
         name = f"{system} TP{tensor_parallel} {kind} steps, 600 of them"
+        gates.source("synthesized pack against its library", "aiconfigurator-core 0.12.0")
         gates.check("synthesized pack against its library", f"{name}, median", median, at_most=0.3)
         gates.check("synthesized pack against its library", f"{name}, P99", p99, at_most=1.5)
 
@@ -172,6 +173,8 @@ def test_decode_steps_lie_near_a_real_h100(
     blocks = steps["kv.blocks_total_gpu"][0]
     what = f"{file.removesuffix('.parquet')}, {len(real)} decode steps"
     assert len(real) > 200
+    for gate in ("synthesized pack against a real H100", "KV blocks by our formula"):
+        gates.source(gate, "inference-sim/inference-sim @ 9293b22 (BLIS): steps of real vLLM 0.15.1 on H100")
     gates.check("synthesized pack against a real H100", f"{what}: summed time", 100 * error, at_most=at_most)
     gates.check("synthesized pack against a real H100", f"{what}: median", 100 * medians)
     kv_error = 100 * (synthesis.kv_blocks / blocks - 1)
