@@ -9,11 +9,12 @@ SETUP := $(VENV)/.setup-$(shell sha256sum pyproject.toml | cut -c1-16)
 # The oldest supported vLLM, one between, the newest tested.
 VLLM_MATRIX ?= 0.18.1 0.25.1 0.33.0
 PYTEST_ARGS ?=
+ACCURACY ?= build/accuracy
 # pip tells of every folder in the user's configuration that is not there.
 QUIET := grep -v 'WARNING: Location' >&2 || true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix accuracy bench-held bench-server clean-cache
+.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix accuracy closed-loop bench-held bench-thread bench-replay bench lease-share clean-cache
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -67,14 +68,26 @@ vllm-matrix: setup ## Serve with every vLLM version of VLLM_MATRIX
 	$(RUN) -m pytest -m vllm $(foreach version,$(VLLM_MATRIX),--vllm-version $(version)) $(PYTEST_ARGS) \
 	  tests/engines/test_serving.py tests/engines/test_vllm_environment.py
 
-accuracy: setup ## What the models promise on measured data, as a table; ARGS="--accuracy-json FILE"
-	$(RUN) -m pytest tests/accuracy -q $(ARGS)
+accuracy: setup ## What the models promise on measured data: a table; files and pictures in build/accuracy
+	$(RUN) -m pytest tests/accuracy -q -n logical --dist loadfile --accuracy-output $(ACCURACY) $(ARGS)
+
+closed-loop: setup ## A real vLLM on the CPU, captured, and set beside its own emulation; ARGS="--quick", ARGS=--help for more
+	PYTHONPATH=tests $(RUN) -m deploy.closed_loop.closed_loop $(ARGS)
 
 bench-held: setup ## How well a held step of 10 ms is held; ARGS="--wait sleep --json FILE"
 	PYTHONPATH=tests $(RUN) tests/performance/held_step.py $(ARGS)
 
-bench-server: setup ## Server CPU per step beside a handler that answers a constant
-	PYTHONPATH=tests $(RUN) tests/performance/server_cpu_per_step.py $(ARGS)
+bench-thread: setup ## What a step costs the engine thread in our code, with leases and without; ARGS="--json FILE"
+	PYTHONPATH=tests $(RUN) tests/performance/engine_thread.py $(ARGS)
+
+lease-share: setup ## Share of steps answered without a message on Azure's traces; ARGS="--data DIR --seconds 600"
+	PYTHONPATH=tests $(RUN) tests/performance/lease_share.py $(ARGS)
+
+bench-replay: setup ## How fast measured runs are replayed, one process and several; ARGS="--repeat 3 --json FILE"
+	PYTHONPATH=tests $(RUN) tests/performance/replay_speed.py $(ARGS)
+
+bench: setup ## What a step costs the server, beside what it could cost; ARGS="--quick" or "--only kernels"
+	PYTHONPATH=tests $(RUN) tests/performance/bench.py $(ARGS)
 
 clean-cache: ## Remove the cached environments
-	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-*
+	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-* $(CACHE)/load-*
