@@ -54,8 +54,8 @@ def kv_cache_of(
     request: ImportRequest, model: ModelConfig, effective: Mapping[str, Any], run: Mapping[str, Any]
 ) -> pack.KvCache:
     """The count of a run of this very configuration is measured; a given one is what the user says it is."""
-    ranks = positive_count(sub_mapping(run, "engine_kwargs"), "tensor_parallel_size") or request.tensor_parallel
-    if ranks != request.tensor_parallel:
+    differs = _other_ranks(request, model, run)
+    if differs:
         run = {}
     ran = sub_mapping(run, "kv_cache")
     measured = positive_count(ran, "num_gpu_blocks") or positive_count(
@@ -78,13 +78,34 @@ def kv_cache_of(
         blocks, source = measured, "kv_cache of the bundle's run/meta.json"
     else:
         raise InvalidArgument(
-            "the bundle does not say how many KV blocks an engine had, and without them a run's queueing is wrong (31 "
-            "% too many: TPOT +18 %); give --kv-blocks, vLLM logs the count at its start, or --kv-blocks-assumed",
+            f"the bundle does not say how many KV blocks an engine had{differs and f' (its run was {differs})'}, and "
+            "without them a run's queueing is wrong (31 % too many: TPOT +18 %); give --kv-blocks, vLLM logs the count "
+            "at its start, or --kv-blocks-assumed",
             field="kv_blocks",
         )
     if blocks < 1:
         raise InvalidArgument(f"{blocks} KV blocks; at least 1 is needed", field="kv_blocks")
     return pack.KvCache(blocks=blocks, block_size=block_size, bytes_per_token=per_token, basis=basis, source=source)
+
+
+def _other_ranks(request: ImportRequest, model: ModelConfig, run: Mapping[str, Any]) -> str:
+    """In what the run's ranks are not the ones asked for, so that its count is none of theirs; empty where they are.
+
+    Data-parallel ranks of a dense model are engines of their own: each has what a run of one has.
+    A count beside several data-parallel ranks is never taken: vLLM's front end adds up those of its engines (0.18.1 and
+    0.33.0, read), and a record does not say whether it is that sum.
+    """
+    ran = sub_mapping(run, "engine_kwargs")
+    tensor = positive_count(ran, "tensor_parallel_size") or request.tensor_parallel
+    data = positive_count(ran, "data_parallel_size") or 1
+    if tensor != request.tensor_parallel:
+        return f"of tensor parallel {tensor}"
+    if data > 1 or (model.num_experts and data != request.data_parallel):
+        return f"of data parallel {data}"
+    experts = tensor * data if ran.get("enable_expert_parallel") is True else 1
+    if model.num_experts and experts != request.expert_parallel:
+        return f"of expert parallel {experts}"
+    return ""
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -163,7 +163,12 @@ def moe_tables(*groups: int) -> dict[str, Rows]:
 
 
 def moe_request(root: Path, content: dict[str, Rows] | None = None, **fields: Any) -> ImportRequest:
-    """Writes a MoE bundle of one tensor-parallel rank below `root` and asks for it."""
+    """Writes a MoE bundle of one tensor-parallel rank below `root` and asks for it.
+
+    The bundle's run is one of a single rank, whose KV blocks are none of data-parallel ones.
+    """
+    if fields.get("data_parallel", 1) > 1:
+        fields = {"kv_blocks_assumed": 77, **fields}
     build_bundle(root, moe_tables() if content is None else content)
     (root / "llama.json").write_text(json.dumps(MOE_CONFIG))
     return request(root, **fields)

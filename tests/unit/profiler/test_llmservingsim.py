@@ -302,6 +302,17 @@ def test_the_kv_blocks_of_a_run_with_another_tensor_parallel_size_are_not_taken(
     assert (bundle.kv_cache.blocks, bundle.kv_cache.basis) == (123, "measured")
 
 
+def test_the_kv_blocks_of_a_run_of_several_data_parallel_ranks_are_not_taken(tmp_path: Path) -> None:
+    """vLLM adds them up, and the record does not say whether it is that sum; a run of one says it for each of two."""
+    directory = build_bundle(tmp_path)
+    assert read_bundle(request(tmp_path, data_parallel=2)).kv_cache.blocks == 123
+    run = RUN | {"engine_kwargs": RUN["engine_kwargs"] | {"data_parallel_size": 2}}
+    (directory / "run" / "meta.json").write_text(json.dumps(run))
+    for ranks in (1, 2):
+        with pytest.raises(InvalidArgument, match=r"\(its run was of data parallel 2\)"):
+            read_bundle(request(tmp_path, data_parallel=ranks))
+
+
 def test_two_ranks_add_a_ring_all_reduce_twice_a_layer(tmp_path: Path) -> None:
     overrides = {"num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 256}
     meta = {"tp_degrees": [2], "engine_effective": {**META["engine_effective"], "hf_overrides": overrides}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bundles import (
     MOE_CONFIG,
     MOE_LAYER,
     NOW,
+    RUN,
     Rows,
     attention_us,
     build_bundle,
@@ -146,6 +148,45 @@ def test_with_both_the_last_all_reduce_of_a_layer_becomes_a_gather(tmp_path: Pat
     hidden, route = 3 * 64 * 2, 3 * 2 * 8
     ring = 3 * (5 + 1e6 * (hidden + route) / 16e9) + 3 * (5 + 1e6 * hidden / 16e9)
     assert found["expert_exchange"].latency_ns[4] == pytest.approx(1e3 * LAYERS * (ring + 5 + 1e6 * hidden / 16e9))
+
+
+@pytest.mark.parametrize(
+    ("ran", "asked", "message"),
+    [
+        ({}, {"data_parallel": 2, "expert_parallel": 2}, r"\(its run was of data parallel 1\)"),
+        (
+            {"data_parallel_size": 2, "enable_expert_parallel": True},
+            {"data_parallel": 2, "expert_parallel": 2},
+            r"\(its run was of data parallel 2\)",
+        ),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, {}, r"\(its run was of data parallel 2\)"),
+    ],
+)
+def test_the_kv_blocks_of_a_run_with_other_ranks_are_not_taken(
+    ran: dict[str, Any], asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One rank of two holds half of the experts, and the count beside two ranks may be their sum."""
+    unknown = replace(moe_request(tmp_path, **asked), link=LINK if asked else None, kv_blocks_assumed=None)
+    write_run(tmp_path, ran)
+    with pytest.raises(InvalidArgument, match=message):
+        read_bundle(unknown)
+    bundle = read_bundle(replace(unknown, kv_blocks=456))
+    assert (bundle.kv_cache.blocks, bundle.kv_cache.basis) == (456, "measured")
+
+
+def test_the_kv_blocks_of_a_run_whose_experts_were_cut_are_not_those_of_whole_ones(tmp_path: Path) -> None:
+    asked = two_ranks(tmp_path, expert_parallel=2, kv_blocks=None)
+    write_run(tmp_path, {"tensor_parallel_size": 2})
+    with pytest.raises(InvalidArgument, match=r"\(its run was of expert parallel 1\)"):
+        read_bundle(asked)
+    write_run(tmp_path, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
+    assert (read_bundle(asked).kv_cache.blocks, read_bundle(asked).kv_cache.basis) == (123, "measured")
+
+
+def write_run(root: Path, engine_kwargs: dict[str, Any]) -> None:
+    run = RUN | {"engine_kwargs": RUN["engine_kwargs"] | engine_kwargs}
+    (root / "bundle" / "run").mkdir(exist_ok=True)
+    (root / "bundle" / "run" / "meta.json").write_text(json.dumps(run))
 
 
 def test_layers_without_experts_keep_their_dense_part(tmp_path: Path) -> None:
@@ -280,7 +321,7 @@ def test_a_dense_model_has_neither_expert_parallelism_nor_a_link_between_its_rep
 def test_the_command_imports_a_moe_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe_request(tmp_path, moe_tables(1, 2))
     arguments = ["import", "llmservingsim", str(tmp_path / "bundle"), "--model-config", str(tmp_path / "llama.json")]
-    ranks = ["--dp", "2", "--ep", "2", "--link-gbytes-per-s", "16", "--link-latency-us", "5"]
+    ranks = ["--dp", "2", "--ep", "2", "--link-gbytes-per-s", "16", "--link-latency-us", "5", "--kv-blocks", "77"]
     assert main([*arguments, *ranks, "-o", str(tmp_path / "pack")]) == 0
     told = capsys.readouterr().out
     assert "moe                  32 points, modelled" in told
