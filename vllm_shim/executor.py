@@ -21,6 +21,7 @@ from vllm_shim.errors import OracleLost
 from vllm_shim.exit_status import report_loss
 from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
 from vllm_shim.output import OutputBuilder
+from vllm_shim.run_summary import RunSummary
 from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
 from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channel
 from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
@@ -92,6 +93,7 @@ class StepOracleExecutor(Executor):
         self._step_index = -1
         # Device-busy time of the resolved steps.
         self._device_time_ns = 0
+        self._summary = RunSummary()
         self._last_sampled: ScheduledStep | DecodeStep | None = None
 
     # What replay does otherwise: its clock is virtual and its oracle in the same process.
@@ -284,6 +286,9 @@ class StepOracleExecutor(Executor):
         pending = step.pending
         lateness_ns, late_answer_ns = resolved_ns - times.deadline_ns, pending.answer_ns - times.deadline_ns
         self._stream.count_step(lateness_ns, late_answer_ns, reply if pending.lease else None)
+        self._summary.count(
+            reply.latency_ns[0], reply.support, is_leased=bool(pending.lease), is_late=late_answer_ns > 0
+        )
         if self._trace is not None:
             record = trace_pb2.TraceStep(
                 request=pending.request,
@@ -330,6 +335,9 @@ class StepOracleExecutor(Executor):
             stream.close()
         if trace := getattr(self, "_trace", None):
             trace.close()
+        if (summary := getattr(self, "_summary", None)) and summary.steps:
+            logger.info("step-oracle: engine %s ends after %s", self._engine.engine_id, summary)
+            self._summary = RunSummary()
 
 
 class _Step(NamedTuple):
