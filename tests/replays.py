@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from environments import VLLM_VERSIONS, vllm_environment
 from fleet import step_oracle
-from profiler.replay.metrics import METRICS, Latencies, latencies
+from profiler.replay.metrics import METRICS, Latencies, known, latencies
 from profiler.replay.real_run import read_real_run
 from profiler.replay.workload import read_workload
 
@@ -73,7 +73,7 @@ def replay_printed(pack: Path, model_config: Path, folder: Path, *arguments: str
 
 
 def replayed_latencies(document: dict[str, Any]) -> dict[str, list[float]]:
-    """TTFT, TPOT and E2E of each request of the first run, milliseconds."""
+    """TTFT, TPOT and E2E of each request of the first run that has it, milliseconds."""
     requests = document["runs"][0]["requests"]
     names = ("arrival_ns", "first_token_ns", "last_token_ns", "output_tokens")
     return _by_metric(latencies(**{name: [entry[name] for entry in requests] for name in names}))
@@ -85,4 +85,4 @@ def measured_latencies(real_run: Path, requests: Path) -> dict[str, list[float]]
 
 
 def _by_metric(found: Latencies) -> dict[str, list[float]]:
-    return {metric: getattr(found, metric).tolist() for metric in METRICS}
+    return {metric: known(getattr(found, metric)).tolist() for metric in METRICS}

@@ -198,7 +198,7 @@ class StepOracleExecutor(Executor):
         if self._config.trace:
             self._open_trace(self._config.trace)
 
-    def _open_trace(self, prefix: str) -> None:
+    def _open_trace(self, prefix: str, *, replace: bool = False) -> None:
         self._trace = TraceWriter(
             prefix,
             trace_pb2.TraceHeader(
@@ -208,6 +208,7 @@ class StepOracleExecutor(Executor):
                 target=self._config.target,
                 wait_mode=self._config.wait,
             ),
+            replace=replace,
         )
 
     def _rpc_get_supported_tasks(self) -> tuple[str, ...]:

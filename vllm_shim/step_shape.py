@@ -105,7 +105,9 @@ class DecodeStep:
 class StepReader:
     """Follows one scheduler; `read` must see every SchedulerOutput, in order. Owned by the engine thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ids_are_keys: bool = False) -> None:
+        """`ids_are_keys`: request ids have not been through vLLM's front end, which adds a random suffix to each."""
+        self._ids_are_keys = ids_are_keys
         self._requests: dict[str, RequestState] = {}
         self._previous_prefill_tokens = 0
         self._prompt_occurrences: OrderedDict[str, int] = OrderedDict()
@@ -172,7 +174,7 @@ class StepReader:
         state = self._requests.get(new.req_id)
         if state is None:
             lora = new.lora_request.lora_name if new.lora_request is not None else ""
-            key = self._request_key(new.req_id, prompt)
+            key = new.req_id if self._ids_are_keys else self._request_key(new.req_id, prompt)
             state = RequestState(new.req_id, key, prompt_tokens, new.sampling_params, prompt, lora)
             self._requests[new.req_id] = state
             self._loras_seen = self._loras_seen or bool(lora)

@@ -5,7 +5,7 @@ from oracle_server.pack.cold import Difference, cold_differences
 from oracle_server.pack.columns import COLUMNS, MODEL_FILE, OPERATORS_FILE, RESIDUALS_FILE, SAMPLES_FILE
 from oracle_server.pack.durable import remove_partial_directories
 from oracle_server.pack.facts import EngineFacts
-from oracle_server.pack.kv_blocks import KvPlan, plan_kv_blocks
+from oracle_server.pack.kv_blocks import KvPlan, kv_blocks_basis, plan_kv_blocks
 from oracle_server.pack.load import CompiledPack, load_compiled, open_oracle
 from oracle_server.pack.manifest import (
     FILE_BYTES_LIMIT,
@@ -73,6 +73,7 @@ __all__ = [
     "compile_pack",
     "digest_of",
     "load_compiled",
+    "kv_blocks_basis",
     "manifest_bytes",
     "open_oracle",
     "parse_manifest",

@@ -19,6 +19,11 @@ class KvPlan(NamedTuple):
     warning: str | None = None
 
 
+def kv_blocks_basis(plan: KvPlan) -> str:
+    """How the engine's count is known: as the pack's own, by scaling it, or by the engine's own options."""
+    return {"pack": plan.basis, "scaled": f"scaled from {plan.basis}", "engine_override": "engine option"}[plan.source]
+
+
 def plan_kv_blocks(manifest: Manifest, facts: EngineFacts) -> KvPlan:
     """The engine's own override, else the pack's count where utilization, parallel sizes, block size and limits match,
     else the pack's pool of bytes, moved by the difference in utilization, divided by the engine's bytes per block.

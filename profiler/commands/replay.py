@@ -15,8 +15,11 @@ def replay_command(
     pack: Annotated[Path, typer.Option(help="Directory of the pack that answers.")],
     model_config: Annotated[Path, typer.Option(help="The model's config.json, under any name, or its directory.")],
     requests: Annotated[
-        Path | None,
-        typer.Option(help="Requests: ShareGPT-like JSONL with token ids, Mooncake JSONL, Azure CSV, or a step trace."),
+        list[Path] | None,
+        typer.Option(
+            help="Requests: ShareGPT-like JSONL with token ids, Mooncake JSONL, Azure CSV, or a step trace; give it "
+            "again for runs of other files in the same process."
+        ),
     ] = None,
     real_run: Annotated[
         Path | None, typer.Option(help="Measured run of these requests (requests.jsonl, meta.json) to compare with.")
@@ -34,7 +37,7 @@ def replay_command(
     engines: Annotated[int, typer.Option(min=1, help="Engines behind the router.")] = 1,
     router: Annotated[str, typer.Option(help="round_robin or least_requests; also for MoE ranks.")] = "round_robin",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first run; the next ones count up.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, help="Runs, all in one process.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each file, all in one process.")] = 1,
     engine_id: Annotated[str, typer.Option(help="Engine id, part of every draw.")] = "",
     trace: Annotated[str, typer.Option(help="Path prefix of step traces, one file per engine.")] = "",
     support: Annotated[str, typer.Option(help="serve or refuse steps the pack has no data for.")] = "serve",
@@ -50,7 +53,7 @@ def replay_command(
         ReplayOptions(
             pack=pack,
             model_config=model_config,
-            requests=requests,
+            requests=tuple(requests or ()),
             real_run=real_run,
             engine_args=engine_args,
             json_file=json_file,

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from oracle_server.errors import InvalidArgument
 from profiler.replay import recorded, workload
-from profiler.replay.job import ROUTERS, Request
-from profiler.replay.replay import ReplayRequest, document_bytes, replay
+from profiler.replay.job import ROUTERS
+from profiler.replay.replay import ReplayRequest, Workload, document_bytes, replay
 from profiler.replay.report import ProgressBar, print_replay
 
 _ENGINE_ID = "replay"
@@ -25,7 +25,7 @@ class ReplayOptions:
 
     pack: Path
     model_config: Path
-    requests: Path | None
+    requests: tuple[Path, ...]
     real_run: Path | None
     engine_args: str
     json_file: Path | None
@@ -51,7 +51,7 @@ def run_replay(options: ReplayOptions) -> None:
         raise InvalidArgument(f"--router is {options.router!r}; known are {', '.join(ROUTERS)}", field="router")
     if options.support not in ("serve", "refuse"):
         raise InvalidArgument(f"--support is {options.support!r}; serve or refuse", field="support")
-    requests, engine_id = _requests(options)
+    workloads, engine_id = _workloads(options)
     try:
         engine_args = tuple(shlex.split(options.engine_args))
     except ValueError as error:
@@ -59,7 +59,7 @@ def run_replay(options: ReplayOptions) -> None:
     request = ReplayRequest(
         pack=options.pack,
         model_config=options.model_config,
-        requests=requests,
+        workloads=workloads,
         vllm=options.vllm,
         real_run=options.real_run,
         engine_args=engine_args,
@@ -73,7 +73,7 @@ def run_replay(options: ReplayOptions) -> None:
         allow_mismatch=tuple(name for name in options.allow_mismatch.split(",") if name),
         null_oracle=options.null_oracle,
     )
-    with ProgressBar(len(options.seeds) + options.null_oracle) as bar:
+    with ProgressBar(len(workloads) * len(options.seeds) + options.null_oracle) as bar:
         outcome = replay(request, bar)
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
@@ -83,9 +83,9 @@ def run_replay(options: ReplayOptions) -> None:
         options.json_file.write_bytes(document_bytes(outcome.document))
 
 
-def _requests(options: ReplayOptions) -> tuple[list[Request], str]:
-    """The requests, and the engine's id: a recorded engine keeps its own, for its draws depend on it."""
-    if options.requests is None:
+def _workloads(options: ReplayOptions) -> tuple[list[Workload], str]:
+    """What to replay, and the engine's id: a recorded engine keeps its own, for its draws depend on it."""
+    if not options.requests:
         if not options.users or options.real_run is not None:
             raise InvalidArgument(
                 "give --requests FILE, or --users N for a closed loop of --loop-requests requests of --prompt-tokens "
@@ -93,14 +93,18 @@ def _requests(options: ReplayOptions) -> tuple[list[Request], str]:
                 field="requests",
             )
         loop = workload.closed_loop(options.loop_requests, options.prompt_tokens, options.output_tokens)
-        return loop, options.engine_id or _ENGINE_ID
-    if recorded.is_trace(options.requests):
+        return [Workload(None, loop)], options.engine_id or _ENGINE_ID
+    if any(map(recorded.is_trace, options.requests)):
+        if len(options.requests) > 1:
+            raise InvalidArgument("a step trace is repeated alone: give --requests once", field="requests")
         if options.users or options.real_run is not None or options.limit is not None:
             raise InvalidArgument("a step trace is repeated as it is: no --users, no --limit, no --real-run")
-        run = recorded.read_recorded(options.requests)
-        return list(run.requests), options.engine_id or run.engine_id
+        (path,) = options.requests
+        run = recorded.read_recorded(path)
+        return [Workload(path.name, run.requests)], options.engine_id or run.engine_id
     if options.users and options.real_run is not None:
         raise InvalidArgument("a measured run has arrivals of its own: --users and --real-run exclude each other")
     if options.real_run is not None and options.limit is not None:
         raise InvalidArgument("a measured run is compared whole: --limit and --real-run exclude each other")
-    return workload.read_workload(options.requests, options.limit), options.engine_id or _ENGINE_ID
+    workloads = [Workload(path.name, workload.read_workload(path, options.limit)) for path in options.requests]
+    return workloads, options.engine_id or _ENGINE_ID

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from oracle_server.errors import EngineMismatch
 from oracle_server.pack.cold import cold_differences
 from oracle_server.pack.facts import EngineFacts
-from oracle_server.pack.kv_blocks import plan_kv_blocks
+from oracle_server.pack.kv_blocks import kv_blocks_basis, plan_kv_blocks
 from oracle_server.pack.manifest import Manifest
 from profiler.replay.clock import VirtualClock
 from profiler.replay.local_oracle import LocalOracle
@@ -19,6 +19,7 @@ from profiler.replay.lock_step import Meet
 from profiler.replay.times import RequestTimes
 from step_oracle.v1 import oracle_service_pb2 as pb
 from vllm_shim.executor import StepOracleExecutor
+from vllm_shim.step_shape import StepReader
 from vllm_shim.stream import OracleStream
 from vllm_shim.timeline import StepTimes
 
@@ -79,6 +80,7 @@ class ReplayExecutor(StepOracleExecutor):
         plan = plan_kv_blocks(context.manifest, facts)
         if plan.warning:
             context.warnings.append(plan.warning)
+        self._kv_blocks_basis = kv_blocks_basis(plan)
         return pb.AttachEngineResponse(num_kv_blocks=plan.blocks, kv_blocks_basis=plan.basis)
 
     def _open_stream(self, opening: pb.StreamOpen) -> OracleStream:
@@ -92,6 +94,7 @@ class ReplayExecutor(StepOracleExecutor):
     def begin_run(self, oracle: LocalOracle, trace_prefix: str) -> None:
         """Forget the run before."""
         self._begin()
+        self._reader = StepReader(ids_are_keys=True)
         self._oracle = oracle
         self._stream = cast("OracleStream", oracle)
         # Latencies of the group's passes not yet settled; finishes of the last two passes.
@@ -100,7 +103,8 @@ class ReplayExecutor(StepOracleExecutor):
         self.end_run()
         if trace_prefix:
             Path(f"{trace_prefix}x").parent.mkdir(parents=True, exist_ok=True)
-            self._open_trace(trace_prefix)
+            # The same replay leaves the same file, whatever an earlier one left there.
+            self._open_trace(trace_prefix, replace=True)
 
     def end_run(self) -> None:
         """Close the trace."""
@@ -114,9 +118,13 @@ class ReplayExecutor(StepOracleExecutor):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The engine's configuration; without the model's path, which is another one on another machine."""
+        """The engine's configuration, and how its KV blocks are known.
+
+        Without the model's path, which is another one on another machine.
+        """
         left_out = {"graph_capture_sizes", "model"}
-        return {name: getattr(self._engine_config, name) for name in _FACTS if name not in left_out}
+        known = {name: getattr(self._engine_config, name) for name in _FACTS if name not in left_out}
+        return {**known, "kv_blocks_basis": self._kv_blocks_basis}
 
     @property
     def next_step_index(self) -> int:

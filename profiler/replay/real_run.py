@@ -31,6 +31,8 @@ class RealRun:
     device: str
     # Logged by the engine of the run; None where its record does not say.
     kv_blocks: int | None
+    # Requests of the workload that the run does not have; they are left out of the replay too.
+    unmeasured: int
 
 
 def read_real_run(folder: Path, workload: Sequence[Request]) -> RealRun:
@@ -42,6 +44,10 @@ def read_real_run(folder: Path, workload: Sequence[Request]) -> RealRun:
     meta = _json(folder / "meta.json")
     rows = _rows(folder / "requests.jsonl")
     by_id = {request.request_id: request for request in workload}
+    numbers = [row["number"] for row in rows]
+    if len(set(numbers)) != len(numbers):
+        twice = next(number for number in numbers if numbers.count(number) > 1)
+        raise InvalidArgument(f"{folder}: request {twice} stands there twice", field="real_run")
     offset_ns = min(row["queued_ts"] - row["arrival_time"] for row in rows)
     zero_ns = min(row["arrival_time"] for row in rows)
     rows.sort(key=lambda row: (row["arrival_time"], row["number"]))
@@ -78,6 +84,7 @@ def read_real_run(folder: Path, workload: Sequence[Request]) -> RealRun:
         str(meta.get("vllm_version", "")),
         str(meta.get("hardware", {}).get("device_name", "")),
         meta.get("kv_cache", {}).get("num_gpu_blocks"),
+        len(workload) - len(rows),
     )
 
 

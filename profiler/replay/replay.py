@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from oracle_server.errors import InvalidArgument
 from oracle_server.pack import PackReport, compile_pack
 from profiler.replay import launch
 from profiler.replay.job import Job, Request, RunSpec, write_requests
-from profiler.replay.metrics import METRICS, Latencies, error_percent, latencies, per_request_mape, summary
+from profiler.replay.metrics import METRICS, Latencies, error_percent, known, latencies, per_request_mape, summary
 from profiler.replay.real_run import RealRun, read_real_run
 
 SCHEMA = "step_oracle.replay/1"
@@ -23,12 +24,23 @@ _SUPPORT = {1: "exact", 2: "interpolated", 3: "extrapolated"}
 
 
 @dataclass(frozen=True)
+class Workload:
+    """Requests of one run; `name` is their file's, None for those of a closed loop without a file."""
+
+    name: str | None
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True)
 class ReplayRequest:
-    """What to replay. Either `requests` arrive at their times, or `users` send them one after the other."""
+    """What to replay: each workload with each seed, in one process.
+
+    Either requests arrive at their times, or `users` send them one after the other.
+    """
 
     pack: Path
     model_config: Path
-    requests: Sequence[Request]
+    workloads: Sequence[Workload]
     vllm: Path | None = None
     real_run: Path | None = None
     engine_args: tuple[str, ...] = ()
@@ -64,7 +76,7 @@ class Replay:
     document: dict[str, Any]
     start_seconds: float
     speeds: list[Speed] = field(default_factory=list)
-    # Run 0 once more with its own latencies for answers: what the scheduler alone costs.
+    # The last run once more with its own latencies for answers: what the scheduler alone costs.
     null_speed: Speed | None = None
     real: RealRun | None = None
     replayed: list[Latencies] = field(default_factory=list)
@@ -72,24 +84,32 @@ class Replay:
 
 def replay(request: ReplayRequest, on_event: launch.OnEvent) -> Replay:
     """Runs everything; `on_event` sees the worker's events as they come."""
-    if request.engines < 1 or request.users < 0 or not request.seeds:
+    if request.engines < 1 or request.users < 0 or not request.seeds or not request.workloads:
         raise InvalidArgument("at least one engine and one run are needed, and users cannot be negative")
+    if request.real_run is not None and len(request.workloads) > 1:
+        raise InvalidArgument("a measured run is one workload's: with --real-run give --requests once")
     python = launch.vllm_python(request.vllm)
     model = launch.model_folder(request.model_config)
-    real = None if request.real_run is None else read_real_run(request.real_run, request.requests)
-    requests = request.requests if real is None else real.requests
+    real = None if request.real_run is None else read_real_run(request.real_run, request.workloads[0].requests)
+    workloads = request.workloads if real is None else [Workload(request.workloads[0].name, real.requests)]
     folder = Path(tempfile.mkdtemp(prefix="step-oracle-replay-"))
     try:
         report = compile_pack(request.pack, folder / "pack")
-        write_requests(folder / "requests.jsonl", requests)
-        specs = [RunSpec(seed, _trace_prefix(request, i)) for i, seed in enumerate(request.seeds)]
+        files = [folder / f"requests-{i}.jsonl" for i in range(len(workloads))]
+        for file, workload in zip(files, workloads, strict=True):
+            write_requests(file, workload.requests)
+        runs = list(product(files, request.seeds))
+        specs = [
+            RunSpec(seed, _trace_prefix(request, i, len(runs)), requests=str(file))
+            for i, (file, seed) in enumerate(runs)
+        ]
         if request.null_oracle:
-            # Right behind a run of the same seed, whose latencies it repeats.
-            specs += [RunSpec(request.seeds[-1], null_oracle=True)]
+            # Right behind the run whose latencies it repeats.
+            specs.append(replace(specs[-1], trace_prefix="", null_oracle=True))
         job = Job(
             compiled_pack=str(folder / "pack"),
             model=str(model),
-            requests=str(folder / "requests.jsonl"),
+            requests=str(files[0]),
             results=str(folder),
             engine_args=request.engine_args,
             engine_defaults={} if real is None else real.engine_defaults,
@@ -114,11 +134,11 @@ def replay(request: ReplayRequest, on_event: launch.OnEvent) -> Replay:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _trace_prefix(request: ReplayRequest, run: int) -> str:
+def _trace_prefix(request: ReplayRequest, run: int, runs: int) -> str:
     if not request.trace:
         return ""
     prefix = f"{Path(request.trace).absolute()}{'/' if request.trace.endswith('/') else ''}"
-    return prefix if len(request.seeds) == 1 else f"{prefix}run{run}-"
+    return prefix if runs == 1 else f"{prefix}run{run}-"
 
 
 def _assemble(
@@ -140,7 +160,7 @@ def _assemble(
         "router": request.router if max(request.engines, started["engine"]["data_parallel_size"]) > 1 else None,
         "users": request.users or None,
         "warnings": started["warnings"],
-        "rejected_requests": started["rejected"],
+        "unmeasured_requests": None if real is None else real.unmeasured,
         "runs": [],
     }
     result = Replay(document, started["seconds"], real=real)
@@ -156,9 +176,10 @@ def _assemble(
         columns = {key: [entry[key] for entry in times] for key in _MEASURED}
         replayed = latencies(**columns)
         result.replayed.append(replayed)
-        document["runs"].append(_run_document(run, replayed, real, (finished_ns - begin_ns) * 1e-9))
+        name = request.workloads[len(document["runs"]) // len(request.seeds)].name
+        document["runs"].append({"requests_file": name, **_run_document(run, replayed, real, speed.virtual_seconds)})
     first = document["runs"][0]
-    for key in ("error_percent", "per_request_mape", "metrics_ms", "extrapolated"):
+    for key in ("error_percent", "per_request_mape", "metrics_ms", "extrapolated", "rejected_requests"):
         if key in first:
             document[key] = first[key]
     return result
@@ -181,8 +202,10 @@ def _run_document(run: Mapping[str, Any], replayed: Latencies, real: RealRun | N
             busy[name] = busy.get(name, 0) + counts["device_ns"].get(str(number), 0)
     return {
         "seed": run["seed"],
+        "rejected_requests": run["rejected"],
         **compared,
         "metrics_ms": {name: summary(getattr(replayed, name)) for name in METRICS},
+        "metrics_requests": {name: len(known(getattr(replayed, name))) for name in METRICS},
         "virtual_seconds": seconds,
         "output_tokens_per_second": output / seconds if seconds else 0.0,
         "steps": sum(run["steps"]),

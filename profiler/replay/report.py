@@ -27,7 +27,6 @@ class ProgressBar:
         )
         self._bar.disable = not self._bar.console.is_terminal
         self._task: TaskID | None = None
-        self._total = 1
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -41,12 +40,12 @@ class ProgressBar:
         if self._task is None:
             return
         if event["event"] == "started":
-            self._total = event["requests"]
-            self._bar.update(self._task, total=self._total, description="replaying")
+            self._bar.update(self._task, total=event["requests"], description="replaying")
         elif event["event"] == "progress":
             self._bar.update(
                 self._task,
                 completed=event["ended"],
+                total=event["requests"],
                 virtual=event["virtual_seconds"],
                 description=f"run {event['run'] + 1} of {self._runs}",
             )
@@ -57,7 +56,8 @@ def print_replay(console: Console, replay: Replay) -> None:
     document = replay.document
     engine = document["engine"]
     console.print(
-        f"vLLM {document['vllm_version']}, {engine['num_kv_blocks']} KV blocks of {engine['block_size']}, "
+        f"vLLM {document['vllm_version']}, {engine['num_kv_blocks']} KV blocks of {engine['block_size']} "
+        f"({engine['kv_blocks_basis']}), "
         f"max_num_seqs {engine['max_num_seqs']}, max_num_batched_tokens {engine['max_num_batched_tokens']}, "
         f"{'async' if engine['async_scheduling'] else 'sync'} scheduling, "
         f"prefix caching {'on' if engine['prefix_caching'] else 'off'}"
@@ -66,10 +66,15 @@ def print_replay(console: Console, replay: Replay) -> None:
         console.print(f"warning: {sentence}")
     if replay.real is not None and replay.real.kv_blocks not in (None, engine["num_kv_blocks"]):
         console.print(f"note: the measured engine had {replay.real.kv_blocks} KV blocks")
-    if document["rejected_requests"]:
-        count = len(document["rejected_requests"])
-        console.print(f"warning: {count} requests are longer than max_model_len {engine['max_model_len']}: left out")
+    if document["unmeasured_requests"]:
+        console.print(
+            f"note: the measured run lacks {document['unmeasured_requests']} requests of --requests: left out here too"
+        )
     for number, run in enumerate(document["runs"]):
+        if run["rejected_requests"]:
+            count = len(run["rejected_requests"])
+            limit = engine["max_model_len"]
+            console.print(f"warning: run {number}: {count} requests are longer than max_model_len {limit}: left out")
         console.print(_table(replay, number, run))
         speed = replay.speeds[number]
         console.print(
@@ -96,7 +101,10 @@ def print_replay(console: Console, replay: Replay) -> None:
 
 def _table(replay: Replay, number: int, run: dict[str, Any]) -> Table:
     real = replay.real
-    title = f"Run {number}, seed {run['seed']}" + (f", beside {real.device or 'the measured run'}" if real else "")
+    files = {each["requests_file"] for each in replay.document["runs"]}
+    title = f"Run {number}, seed {run['seed']}"
+    title += f", {run['requests_file']}" if len(files) > 1 else ""
+    title += f", beside {real.device or 'the measured run'}" if real else ""
     table = Table(title=title)
     table.add_column("ms")
     for name in STATISTICS:
@@ -108,13 +116,23 @@ def _table(replay: Replay, number: int, run: dict[str, Any]) -> Table:
         table.add_column("MAPE", justify="right")
     for metric in METRICS:
         ours = run["metrics_ms"][metric]
-        cells = [metric.upper()]
+        cells = [_label(run, metric)]
         measured = None if real is None else summary(getattr(real.latencies, metric))
         for name in STATISTICS:
-            cells.append(f"{ours[name]:.2f}")
+            cells.append(_cell(ours[name], ".2f"))
             if measured is not None:
-                cells += [f"{measured[name]:.2f}", f"{run['error_percent'][metric][name]:+.2f} %"]
+                cells += [_cell(measured[name], ".2f"), _cell(run["error_percent"][metric][name], "+.2f", " %")]
         if real is not None:
-            cells.append(f"{run['per_request_mape'][metric]:.2f} %")
+            cells.append(_cell(run["per_request_mape"][metric], ".2f", " %"))
         table.add_row(*cells)
     return table
+
+
+def _label(run: dict[str, Any], metric: str) -> str:
+    """With the number of requests where not every one has the metric: one output token has no TPOT."""
+    count, requests = run["metrics_requests"][metric], len(run["requests"])
+    return metric.upper() if count == requests else f"{metric.upper()} ({count} of {requests} requests)"
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "none" if value is None else f"{value:{form}}{unit}"

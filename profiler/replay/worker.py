@@ -60,11 +60,12 @@ class _Worker:
         self._oracle = open_oracle(compiled)
         self._oracle.warm()
         ranks = _data_parallel_size(job)
+        config = _vllm_config(job, ranks)
         self._names = _engine_names(job, ranks)
         contexts = [ReplayContext(compiled.manifest, name, job.allow_mismatch, ranks) for name in self._names]
         virtual_time = clock.VirtualTime(contexts[0].clock)
         clock.install(virtual_time)
-        configs = [_vllm_config(job, ranks) for _ in contexts]
+        configs = [config, *(_vllm_config(job, ranks) for _ in contexts[1:])]
         self._engines = [
             ReplayEngine(i, config, context) for i, (config, context) in enumerate(zip(configs, contexts, strict=True))
         ]
@@ -72,7 +73,9 @@ class _Worker:
         if ranks > 1:
             self._group = LockStepGroup(self._engines, job.router, virtual_time, _wave_rules(configs[0]))
         self._fleet = Fleet([self._group] if self._group else self._engines, job.router, virtual_time)
-        requests, rejected = self._admissible(read_requests(Path(job.requests)))
+        files = dict.fromkeys([job.requests, *(spec.requests for spec in job.runs if spec.requests)])
+        workloads = {file: self._admissible(read_requests(Path(file))) for file in files}
+        requests, rejected = workloads[job.requests]
         _tell(
             self._events,
             "started",
@@ -85,7 +88,8 @@ class _Worker:
         )
         latencies: list[list[int]] = []
         for number, spec in enumerate(job.runs):
-            latencies = self._run(number, spec, self._own_requests(spec) or requests, latencies)
+            requests, rejected = workloads[spec.requests or job.requests]
+            latencies = self._run(number, spec, requests, latencies, rejected)
         for engine in self._engines:
             engine.shutdown()
 
@@ -100,15 +104,15 @@ class _Worker:
         fitting = {request.request_id for request in taken}
         return taken, [request.request_id for request in requests if request.request_id not in fitting]
 
-    def _own_requests(self, spec: RunSpec) -> list[Request]:
-        if not spec.requests:
-            return []
-        requests, rejected = self._admissible(read_requests(Path(spec.requests)))
-        if rejected:
-            raise InvalidArgument(f"request {rejected[0]} of {spec.requests} is longer than the engine's max_model_len")
-        return requests
-
-    def _run(self, number: int, spec: RunSpec, requests: Sequence[Request], before: list[list[int]]) -> list[list[int]]:
+    def _run(
+        self,
+        number: int,
+        spec: RunSpec,
+        requests: Sequence[Request],
+        before: list[list[int]],
+        rejected: Sequence[str],
+    ) -> list[list[int]]:
+        """Writes the run's file; `before` are the latencies of the run before, by engine, and so is the answer."""
         from profiler.replay.local_oracle import LocalOracle
 
         oracles = []
@@ -131,7 +135,14 @@ class _Worker:
             now = time.perf_counter()
             if now - last_told > _PROGRESS_SECONDS:
                 last_told = now
-                _tell(self._events, "progress", run=number, ended=ended, virtual_seconds=time_ns * 1e-9)
+                _tell(
+                    self._events,
+                    "progress",
+                    run=number,
+                    ended=ended,
+                    requests=len(requests),
+                    virtual_seconds=time_ns * 1e-9,
+                )
 
         begin, begin_cpu = time.perf_counter(), time.process_time()
         if requests[0].admit_step >= 0:
@@ -144,6 +155,7 @@ class _Worker:
         result = {
             "seed": spec.seed,
             "null_oracle": spec.null_oracle,
+            "rejected": rejected,
             "requests": [dataclasses.asdict(entry) for entry in times],
             "steps": [len(oracle.latencies_ns) for oracle in oracles],
             "dummy_steps": [oracle.dummy_steps for oracle in oracles],
@@ -186,8 +198,11 @@ def _vllm_config(job: Job, ranks: int) -> Any:
         UsageContext.OPENAI_API_SERVER
     )  # the defaults of `vllm serve`
     if ranks > 1 and not config.model_config.is_moe:
+        engines = job.engines if job.engines > 1 else ranks
         raise InvalidArgument(
-            "data-parallel ranks of a dense model are engines of their own: --engines N --router least_requests"
+            f"--data-parallel-size {ranks} of a dense model: its ranks are engines of their own; add --engine-args "
+            f'"--data-parallel-size 1" and give --engines {engines} --router least_requests',
+            field="engine_args",
         )
     if getattr(config.scheduler_config, "prefill_schedule_interval", 1) > 1:
         raise InvalidArgument(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.errors import InvalidArgument
-from profiler.replay.metrics import latencies
+from profiler.replay.metrics import known, latencies
 
 METRICS: Final = ("ttft", "tpot", "itl", "e2e")
 STATISTICS: Final = (("mean", None), ("p50", 50), ("p90", 90), ("p99", 99))
@@ -106,12 +106,11 @@ def _from_replay(path: Path, document: Mapping[str, Any]) -> Measurement:
     try:
         entries: Sequence[Mapping[str, Any]] = [entry for run in document["runs"] for entry in run["requests"]]
         names = ("arrival_ns", "first_token_ns", "last_token_ns", "output_tokens")
-        known = latencies(*([entry[name] for entry in entries] for name in names))
-        tokens = np.array([entry["output_tokens"] for entry in entries])
+        found = latencies(*([entry[name] for entry in entries] for name in names))
         throughput = float(np.mean([run["output_tokens_per_second"] for run in document["runs"]]))
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(f"{path} is no whole replay: {error}", field="measurement") from None
-    values = {"ttft": known.ttft, "tpot": known.tpot[tokens > 1], "e2e": known.e2e}
+    values = {"ttft": found.ttft, "tpot": known(found.tpot), "e2e": found.e2e}
     return _checked(path, values, throughput)
 
 

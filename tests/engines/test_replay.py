@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from builders import build_composed_pack, build_constant_pack
@@ -17,11 +19,20 @@ from environments import VllmEnvironment
 from fleet import StartEngine, complete, kv_cache, replies, step_oracle
 from model_dir import write_model_dir
 from oracle_process import OracleProcess
+from step_oracle.v1 import step_pb2, trace_pb2
 
 pytestmark = pytest.mark.vllm
 
 STEP_NS = 10_000_000
 RATIOS = (0.9, 0.95, 1.0, 1.1)
+
+
+# The pack's basis, an engine option, what is said of the count.
+KV_BLOCKS = (
+    ("measured", "", "measured"),
+    ("assumed", "", "assumed"),
+    ("measured", "--num-gpu-blocks-override 90", "engine option"),
+)
 
 
 class Replayer:
@@ -67,6 +78,27 @@ def write_requests(path: Path, requests: Sequence[tuple[int, list[int], int]]) -
     return str(path)
 
 
+def write_trace(path: Path, keys: Sequence[str]) -> Path:
+    """A live engine's trace in which each request was admitted alone."""
+    records = [trace_pb2.TraceRecord(header=trace_pb2.TraceHeader())]
+    for i, key in enumerate(keys):
+        records.append(trace_pb2.TraceRecord())
+        step = records[-1].step
+        step.request.step_index = 10 * i
+        step.request.shape.prefill_chunks.add(num_tokens=8)
+        step.request.shape.new_requests.add(request_key=key, prompt_tokens=8, max_tokens=5)
+        step.reply.target_output_tokens.add()
+    data = [record.SerializeToString() for record in records]
+    path.write_bytes(b"".join(struct.pack("<I", len(part)) + part for part in data))
+    return path
+
+
+def share_of(steps: Sequence[Any]) -> str:
+    """Extrapolated ones, in per cent."""
+    beyond = sum(step.reply.support == step_pb2.SUPPORT_EXTRAPOLATED for step in steps)
+    return f"{100 * beyond / len(steps):.2f}"
+
+
 def prompt(number: int, length: int) -> list[int]:
     """Prompts of different numbers share no block."""
     return [(number * 131 + i * 7) % 8000 + 3 for i in range(length)]
@@ -104,6 +136,8 @@ def test_the_same_inputs_give_the_same_bytes_and_a_second_run_in_a_process_is_a_
     build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(100), ratios=RATIOS)
     path = write_requests(tmp_path / "requests.jsonl", [*crowd(12), (999_000_000, prompt(3, 171), 4)])
     arguments = ("--requests", path, "--engine-args", "--max-model-len 1500", "--seed", "5", "--null-oracle")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run0-replay.trace").write_bytes(b"of an earlier replay")
 
     first = replay.bytes(tmp_path / "pack", *arguments, "--runs", "2", "--trace", f"{tmp_path}/a/")
     second = replay.bytes(tmp_path / "pack", *arguments, "--runs", "2", "--trace", f"{tmp_path}/b/")
@@ -154,6 +188,72 @@ def test_a_closed_loop_keeps_its_users_busy_behind_a_router(replay: Replayer, tm
     assert sorted(entry["arrival_ns"] for entry in requests)[4:] == ends[:8]
 
 
+def test_several_files_are_runs_of_one_process_each_as_if_alone(replay: Replayer, tmp_path: Path) -> None:
+    build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(100), ratios=RATIOS)
+    few = write_requests(tmp_path / "few.jsonl", crowd(3))
+    many = write_requests(tmp_path / "many.jsonl", [*crowd(6), (0, prompt(9, 1490), 20)])
+    arguments = ("--engine-args", "--max-model-len 1500", "--null-oracle")
+
+    document = replay(tmp_path / "pack", "--requests", few, "--requests", many, *arguments, "--runs", "2")
+    alone = replay(tmp_path / "pack", "--requests", many, *arguments, "--runs", "2")
+
+    assert [(run["requests_file"], run["seed"]) for run in document["runs"]] == [
+        *(("few.jsonl", 0), ("few.jsonl", 1)),
+        *(("many.jsonl", 0), ("many.jsonl", 1)),
+    ]
+    assert document["runs"][2:] == alone["runs"]
+    assert [len(run["requests"]) for run in document["runs"]] == [3, 3, 6, 6]
+    assert [run["rejected_requests"] for run in document["runs"]] == [[], [], ["bench-6"], ["bench-6"]]
+
+
+@pytest.mark.parametrize(("basis", "option", "said"), KV_BLOCKS)
+def test_the_first_line_says_how_the_kv_blocks_are_known(
+    replay: Replayer, tmp_path: Path, basis: Any, option: str, said: str
+) -> None:
+    build_composed_pack(tmp_path / "pack", kv_cache=msgspec.structs.replace(kv_cache(100), basis=basis))
+    path = write_requests(tmp_path / "requests.jsonl", crowd(2))
+    out = tmp_path / "out.json"
+
+    done = replay.run(
+        *(tmp_path / "pack", "--requests", path, "--json", str(out)),
+        *("--engine-args", f"--max-model-len 1024 {option}"),
+    )
+
+    assert f"KV blocks of 16 ({said})" in done.stdout.splitlines()[0], done.stderr
+    assert json.loads(out.read_text())["engine"]["kv_blocks_basis"] == said
+
+
+def test_a_replayed_trace_keeps_keys_that_look_as_if_vllm_had_added_to_them(replay: Replayer, tmp_path: Path) -> None:
+    build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
+    keys = ["chatcmpl-trace-deadbeef", "chatcmpl-trace-0badcafe", "cmpl-mine-0/1"]
+    trace = write_trace(tmp_path / "live.trace", keys)
+
+    replay(
+        *(tmp_path / "pack", "--requests", str(trace), "--trace", f"{tmp_path}/again/"),
+        *("--engine-args", "--max-model-len 1024"),
+    )
+
+    found = [new.request_key for step in replies(tmp_path / "again") for new in step.request.shape.new_requests]
+    assert found == keys
+
+
+@pytest.mark.parametrize("engines", ["1", "2"])
+def test_ranks_of_a_dense_model_are_asked_for_as_engines(replay: Replayer, tmp_path: Path, engines: str) -> None:
+    build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
+    path = write_requests(tmp_path / "requests.jsonl", crowd(2))
+
+    done = replay.run(
+        *(tmp_path / "pack", "--requests", path, "--engines", engines),
+        *("--engine-args", "--max-model-len 1024 --data-parallel-size 2"),
+    )
+
+    assert done.returncode == 1
+    assert (
+        '--data-parallel-size 2 of a dense model: its ranks are engines of their own; add --engine-args "'
+        '--data-parallel-size 1" and give --engines 2 --router least_requests'
+    ) in " ".join(done.stderr.split())
+
+
 def test_a_refusal_names_what_to_change(replay: Replayer, tmp_path: Path) -> None:
     build_constant_pack(tmp_path / "pack", latency_ns=STEP_NS)
     path = write_requests(tmp_path / "requests.jsonl", [(0, prompt(0, 50), 4)])
@@ -178,12 +278,14 @@ def test_a_live_engine_s_recorded_admissions_give_its_steps_again(
     digest = (listed["packs"] if isinstance(listed, dict) else listed)[0]["digest"]
     step_oracle("experiment", "create", "default", "--pack", digest, "--target", oracle.target)
     (tmp_path / "live").mkdir()
-    limits = ("--max-num-seqs", "12", "--max-num-batched-tokens", "256")
+    # All 20 run at once and outgrow the KV blocks, in whatever order their threads arrive.
+    limits = ("--max-num-seqs", "20", "--max-num-batched-tokens", "256")
     engine = start_engine(oracle.target, *limits, STEP_ORACLE_TRACE=f"{tmp_path}/live/")
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(lambda i: complete(engine, prompt(i, 40 + 40 * i), max_tokens=20 + 20 * i), range(20)))
     engine.stop()
     live = replies(tmp_path / "live")
+    assert f"ends after {len(live)} steps; extrapolated: {share_of(live)} % of the steps" in engine.log_text()
     (trace,) = (tmp_path / "live").glob("*.trace")
 
     arguments = " ".join(("--max-model-len", "8192", *limits))

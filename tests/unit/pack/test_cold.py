@@ -21,6 +21,7 @@ from oracle_server.pack import (
     Operator,
     Parallel,
     cold_differences,
+    kv_blocks_basis,
     plan_kv_blocks,
 )
 
@@ -147,6 +148,14 @@ def test_the_engines_own_override_comes_first(override: dict[str, Any]) -> None:
 def test_a_matching_engine_gets_the_packs_blocks() -> None:
     assert plan_kv_blocks(manifest(), FACTS) == (1000, "pack", "measured", None)
     assert plan_kv_blocks(manifest(), EngineFacts()) == (1000, "pack", "measured", None)
+
+
+def test_a_count_that_is_not_the_pack_s_own_is_not_called_measured() -> None:
+    plans = (
+        plan_kv_blocks(manifest(), facts)
+        for facts in (FACTS, replace(FACTS, gpu_memory_utilization=0.95), replace(FACTS, num_gpu_blocks_override=7))
+    )
+    assert [kv_blocks_basis(plan) for plan in plans] == ["measured", "scaled from measured", "engine option"]
     assert plan_kv_blocks(manifest(engine=Engine()), replace(FACTS, gpu_memory_utilization=0.1)).blocks == 1000
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from oracle_server.errors import InvalidArgument
 from profiler.replay.job import Request
-from profiler.replay.metrics import error_percent, latencies, per_request_mape, summary
+from profiler.replay.metrics import error_percent, known, latencies, per_request_mape, summary
 from profiler.replay.real_run import read_real_run
 
 MS = 1_000_000
@@ -21,8 +21,28 @@ def test_latencies_count_from_the_arrival_and_tpot_leaves_the_first_token_out() 
     got = latencies([0, 5 * MS], [10 * MS, 25 * MS], [40 * MS, 25 * MS], [4, 1])
 
     assert got.ttft.tolist() == [10.0, 20.0]
-    assert got.tpot.tolist() == [10.0, 0.0]
+    assert known(got.tpot).tolist() == [10.0]
     assert got.e2e.tolist() == [40.0, 20.0]
+
+
+def test_a_request_of_one_token_is_in_no_statistic_of_tpot() -> None:
+    """As in vLLM's own benchmark, whose rule stands here in plain Python (calculate_metrics, 0.33.0)."""
+    first, last, tokens = [10, 25, 30], [40, 25, 130], [4, 1, 11]
+    bench = [(b - a) / (n - 1) for a, b, n in zip(first, last, tokens, strict=True) if n > 1]
+
+    got = latencies([0] * 3, [time * MS for time in first], [time * MS for time in last], tokens)
+
+    assert known(got.tpot).tolist() == bench == [10.0, 10.0]
+    assert summary(got.tpot) == {"mean": 10.0, "p50": 10.0, "p90": 10.0, "p99": 10.0}
+    assert per_request_mape(got, got)["tpot"] == 0.0
+
+
+def test_where_no_request_has_two_tokens_there_is_no_tpot_and_no_error_of_it() -> None:
+    real, ours = (latencies([0, 0], [time, time], [time, time], [1, 1]) for time in (10 * MS, 11 * MS))
+
+    assert summary(ours.tpot) == error_percent(ours, real)["tpot"] == dict.fromkeys(("mean", "p50", "p90", "p99"))
+    assert per_request_mape(ours, real)["tpot"] is None
+    assert error_percent(ours, real)["ttft"]["mean"] == pytest.approx(10.0)
 
 
 def test_errors_are_signed_and_compare_statistics_while_mape_compares_requests() -> None:
@@ -72,7 +92,13 @@ def test_a_measured_run_brings_arrivals_outputs_and_engine_arguments_and_ttft_co
     # Offset 50.01 - 1000: request 1 arrived at 51.01, 0.2 s before the engine looked.
     assert run.latencies.ttft == pytest.approx([490.0, 990.0], abs=1e-3)
     assert run.engine_defaults == {"max_num_seqs": 8}
-    assert (run.vllm_version, run.kv_blocks) == ("0.19.0", None)
+    assert (run.vllm_version, run.kv_blocks, run.unmeasured) == ("0.19.0", None, 0)
+
+
+def test_requests_the_measured_run_lacks_are_counted(tmp_path: Path) -> None:
+    run = read_real_run(write_run(tmp_path / "run"), [*WORKLOAD, Request("bench-2", 1, 9, 6, (5,))])
+
+    assert ([request.request_id for request in run.requests], run.unmeasured) == (["bench-0", "bench-1"], 1)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +107,7 @@ def test_a_measured_run_brings_arrivals_outputs_and_engine_arguments_and_ttft_co
         ({"input_toks": 2}, "it is another workload"),
         ({"request_id": "bench-9"}, "it is another workload"),
         ({"request_id": "bench"}, "does not end in a number"),
+        ({"request_id": "bench-0"}, "request 0 stands there twice"),
         ({"queued_ts": "late"}, "line 2"),
     ],
 )

@@ -182,6 +182,12 @@ def test_the_key_is_the_client_s_id_without_the_random_suffix() -> None:
     assert key_of(StepReader(), "cmpl-bench-1a2b-17-0-89abcdef", [1, 2]) == "cmpl-bench-1a2b-17-0"
 
 
+@pytest.mark.parametrize("key", ["chatcmpl-mine-deadbeef", "cmpl-mine-0/1", "prompt:0123456789abcdef#0", "3_mine"])
+def test_where_ids_are_keys_nothing_is_taken_off(key: str) -> None:
+    """A replay's requests carry the keys of a trace; vLLM's front end, which adds a suffix, is not there."""
+    assert key_of(StepReader(ids_are_keys=True), key, [1, 2]) == key
+
+
 def test_an_id_nobody_chose_is_replaced_by_the_prompt() -> None:
     one, two = StepReader(), StepReader()
     first = key_of(one, "cmpl-0123456789abcdef-0-11111111", [1, 2, 3])
