@@ -74,6 +74,11 @@ _LAUNCHED_MODEL: Final = "meta-llama/Llama-3.1-70B"
 _LAUNCHED_WITH_FP8_CACHE: Final = ("h200_sxm", "b200_sxm")
 _STATIC_FP8: Final[Mapping[str, Any]] = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
 
+# Rows that the host term of synchronous scheduling was fitted on (corrections.py): no test of it.
+_FITTED_MODEL: Final = "Qwen/Qwen3-32B"
+_FITTED_TOKENS: Final = 1024
+_FITTED_CONCURRENCIES: Final = (8, 32, 128)
+
 # Mean TTFT from which users wait for KV blocks: such a row says how many there are, not how long a step takes.
 OVERLOAD_TTFT_MS: Final = 5000.0
 
@@ -110,6 +115,17 @@ class SiliconPoint:
             return self.config, "auto"
         config = {**self.config, **_STATIC_FP8} if self.weight_format == "fp8" else self.config
         return config, "fp8" if self.system in _LAUNCHED_WITH_FP8_CACHE else "auto"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a correction of the packs was fitted on this row."""
+        tokens = (self.prompt_tokens, self.output_tokens)
+        return (
+            self.model == _FITTED_MODEL
+            and not self.weight_format
+            and tokens == (_FITTED_TOKENS, _FITTED_TOKENS)
+            and self.concurrency in _FITTED_CONCURRENCIES
+        )
 
     @property
     def label(self) -> str:

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oracle_server.errors import FailedPrecondition
 from oracle_server.pack import Manifest, compile_pack
 from profiler.corrections import schedules_asynchronously
 from profiler.replay import launch
 from profiler.replay.job import Job, Request, RunSpec, write_requests
-from profiler.replay.metrics import latencies
+from profiler.replay.metrics import known, latencies
 from profiler.silicon_points import SiliconPoint
 from profiler.synthesize import SynthesisRequest, synthesize, write_synthesis
+from profiler.uncertainty import Uncertainty
 
 BATCHED_TOKENS = 8192
 SHORTEST = 0.8
@@ -43,11 +45,18 @@ class Prediction:
     preemptions: int
     # Share of steps beyond the tables.
     extrapolated_percent: float
+    # What the pack that answered says of itself.
+    uncertainty: Uncertainty | None
 
     @property
     def error_percent(self) -> float:
         """Of TPOT, signed."""
         return 100 * (self.tpot_ms / self.point.tpot_ms - 1)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the measured TPOT lies where the pack's statement has it; a pack without one states nothing."""
+        return self.uncertainty is not None and self.uncertainty.holds(self.error_percent)
 
 
 def predict(
@@ -113,6 +122,7 @@ class _Loops:
     manifest: Manifest
     job: Job
     folder: Path
+    uncertainty: Uncertainty | None
 
 
 def _prepare(group: Sequence[SiliconPoint], folder: Path, as_launched: bool, corrections: bool) -> _Loops:
@@ -155,7 +165,7 @@ def _prepare(group: Sequence[SiliconPoint], folder: Path, as_launched: bool, cor
         ),
         runs=tuple(specs),
     )
-    return _Loops(group, report.manifest, job, folder)
+    return _Loops(group, report.manifest, job, folder, synthesis.uncertainty)
 
 
 def _run(loops: _Loops, python: Path, on_row: Callable[[Prediction], None]) -> list[Prediction]:
@@ -164,7 +174,7 @@ def _run(loops: _Loops, python: Path, on_row: Callable[[Prediction], None]) -> l
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "run":
             path = Path(event["path"])
-            predictions.append(_prediction(loops.points[len(predictions)], path))
+            predictions.append(_prediction(loops.points[len(predictions)], path, loops.uncertainty))
             path.unlink()
             on_row(predictions[-1])
 
@@ -172,16 +182,19 @@ def _run(loops: _Loops, python: Path, on_row: Callable[[Prediction], None]) -> l
     return predictions
 
 
-def _prediction(point: SiliconPoint, path: Path) -> Prediction:
+def _prediction(point: SiliconPoint, path: Path, uncertainty: Uncertainty | None) -> Prediction:
     run = json.loads(path.read_bytes())
+    if run["rejected"]:
+        raise FailedPrecondition(f"{point.id}: request {run['rejected'][0]} is longer than the engine's max_model_len")
     times = run["requests"]
     columns = ("arrival_ns", "first_token_ns", "last_token_ns", "output_tokens")
     found = latencies(*([entry[name] for entry in times] for name in columns))
     beyond = sum(counts["steps"].get("3", 0) for counts in run["support"])
     return Prediction(
         point=point,
-        tpot_ms=float(found.tpot.mean()),
+        tpot_ms=float(known(found.tpot).mean()),
         ttft_ms=float(found.ttft.mean()),
         preemptions=sum(entry["preemptions"] for entry in times),
         extrapolated_percent=100 * beyond / max(sum(run["steps"]), 1),
+        uncertainty=uncertainty,
     )

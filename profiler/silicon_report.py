@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 from profiler.silicon_points import SiliconPoint, SiliconRows, summarize
 from profiler.silicon_replays import Prediction
@@ -24,10 +25,12 @@ def row_lines(rows: SiliconRows, *, with_points: bool) -> Iterator[str]:
 
 
 def prediction_line(prediction: Prediction) -> str:
-    point = prediction.point
+    point, stated = prediction.point, prediction.uncertainty
+    verdict = "nothing stated" if stated is None else stated.verdict(prediction.error_percent)
     return (
-        f"{point.id}: TPOT {point.tpot_ms:.2f} -> {prediction.tpot_ms:.2f} ms ({prediction.error_percent:+.1f} %), "
-        f"TTFT {point.ttft_ms:.0f} -> {prediction.ttft_ms:.0f} ms"
+        f"{point.id}: TPOT {point.tpot_ms:.2f} -> {prediction.tpot_ms:.2f} ms ({prediction.error_percent:+.1f} %; "
+        f"{verdict}), TTFT {point.ttft_ms:.0f} -> {prediction.ttft_ms:.0f} ms"
+        + ("; a correction was fitted on it" if point.is_fitted else "")
     )
 
 
@@ -37,19 +40,27 @@ def group_of(point: SiliconPoint) -> str:
 
 
 def summary_lines(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """A table in Markdown: errors of TPOT, each model and system whole and by tensor parallelism."""
-    yield "| rows | number | MAPE | mean | median | P10 | P90 |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    """A table in Markdown: errors of TPOT, each model and system whole and by tensor parallelism.
+
+    Rows that a correction of the packs was fitted on are in no group.
+    """
+    fitted = sum(p.point.is_fitted for p in predictions)
+    predictions = [p for p in predictions if not p.point.is_fitted]
+    yield "| rows | number | MAPE | mean | median | P10 | P90 | inside the stated uncertainty |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     keys: list[Callable[[SiliconPoint], str]] = [
         group_of,
         lambda point: f"{group_of(point)} TP{point.tensor_parallel}",
     ]
     names = sorted({key(prediction.point) for prediction in predictions for key in keys})
     for name in names:
-        errors = [p.error_percent for p in predictions if name in [key(p.point) for key in keys]]
-        s = summarize(errors)
-        cells = (f"{s.mape:.1f} %", *(f"{value:+.1f} %" for value in (s.mean, s.median, s.p10, s.p90)))
+        chosen = [p for p in predictions if name in [key(p.point) for key in keys]]
+        s = summarize([p.error_percent for p in chosen])
+        cells = [f"{s.mape:.1f} %", *(f"{value:+.1f} %" for value in (s.mean, s.median, s.p10, s.p90))]
+        cells.append(f"{sum(p.is_inside for p in chosen)} of {s.count}")
         yield f"| {name} | {s.count} | {' | '.join(cells)} |"
+    if fitted:
+        yield f"in no group: {fitted} rows that a correction of the packs was fitted on"
 
 
 def document(rows: SiliconRows, predictions: Sequence[Prediction]) -> str:
@@ -69,6 +80,9 @@ def document(rows: SiliconRows, predictions: Sequence[Prediction]) -> str:
                 "tpot_error_percent": p.error_percent,
                 "preemptions": p.preemptions,
                 "extrapolated_percent": p.extrapolated_percent,
+                "uncertainty": None if p.uncertainty is None else asdict(p.uncertainty),
+                "is_inside": p.is_inside,
+                "is_fitted": p.point.is_fitted,
             }
             for p in predictions
         ],

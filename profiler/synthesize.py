@@ -65,7 +65,8 @@ class Synthesis:
     operators: tuple[Operator, ...]
     terms: StepTerms
     corrections: tuple[Correction, ...]
-    uncertainty: Uncertainty
+    # None: nothing like the device was compared with a run.
+    uncertainty: Uncertainty | None
     kv_blocks: int
     kv_basis: KvBasis
     kv_source: str
@@ -211,13 +212,15 @@ def _manifest(synthesis: Synthesis, created: datetime) -> pack.Manifest:
             pack.Correction(name=item.name, value=float(item.value), reason=item.reason, source=item.source)
             for item in synthesis.corrections
         ),
-        uncertainty=pack.Uncertainty(
-            low_percent=synthesis.uncertainty.low_percent,
-            high_percent=synthesis.uncertainty.high_percent,
-            basis=synthesis.uncertainty.basis,
-        ),
+        uncertainty=_uncertainty(synthesis.uncertainty),
         provenance=_provenance(synthesis),
     )
+
+
+def _uncertainty(stated: Uncertainty | None) -> pack.Uncertainty | None:
+    if stated is None:
+        return None
+    return pack.Uncertainty(low_percent=stated.low_percent, high_percent=stated.high_percent, basis=stated.basis)
 
 
 def _async_scheduling(request: SynthesisRequest) -> bool | None:

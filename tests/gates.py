@@ -59,12 +59,15 @@ class Record:
     points: list[Points] = field(default_factory=list)
     # By gate: where the truth comes from.
     sources: dict[str, str] = field(default_factory=dict)
+    # By file name: lines for people, as many as there are cases behind a figure.
+    listings: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: Record) -> None:
         self.figures += other.figures
         self.curves += other.curves
         self.points += other.points
         self.sources |= other.sources
+        self.listings |= other.listings
 
     def document(self) -> dict[str, Any]:
         return {
@@ -73,6 +76,7 @@ class Record:
             "curves": [asdict(curve) for curve in self.curves],
             "points": [asdict(points) for points in self.points],
             "sources": self.sources,
+            "listings": self.listings,
         }
 
     @classmethod
@@ -82,7 +86,7 @@ class Record:
         figures = [Figure(**{k: v for k, v in entry.items() if k != "held"}) for entry in document["figures"]]
         curves = [Curve(**{**entry, "values": tuple(entry["values"])}) for entry in document["curves"]]
         points = [Points(**entry) for entry in document["points"]]
-        return cls(figures, curves, points, dict(document["sources"]))
+        return cls(figures, curves, points, dict(document["sources"]), dict(document.get("listings", {})))
 
 
 class Gates:
@@ -117,6 +121,10 @@ class Gates:
     def source(self, gate: str, text: str) -> None:
         """Who measured the gate's truth; it stands under the gate's pictures."""
         self.record.sources[gate] = text
+
+    def listing(self, name: str, lines: Iterable[str]) -> None:
+        """The cases behind a gate's figures, one line each, written as `name`.txt."""
+        self.record.listings[name] = list(lines)
 
     def assert_held(self) -> None:
         missed = [

@@ -92,6 +92,9 @@ def synthesize(
     if synthesis.transferred:
         typer.echo(f"  transferred: {', '.join(synthesis.transferred)}")
     limits = synthesis.uncertainty
+    if limits is None:
+        typer.echo("  How far the truth lies from these latencies is not known: no run on such a device was compared.")
+        return
     typer.echo(
         f"  The truth is expected {limits.low_percent:+g} to {limits.high_percent:+g} % from these latencies "
         f"({limits.basis}); no claim on TTFT under load."

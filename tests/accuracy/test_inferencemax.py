@@ -1,7 +1,8 @@
 """Synthesized packs against closed loops that InferenceMAX measured: Llama-3.1-70B FP8 on one to eight H200.
 
 Every row of aiconfigurator-core's `silicon_sample.csv` that stands for them is replayed or named with the reason why
-not; `step-oracle silicon-points` does the same for all systems and models (its table: profiler/README.md).
+not, in `inferencemax_rows.txt` of a session's files; `step-oracle silicon-points` does the same for all systems and
+models (its table: profiler/README.md).
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ ROWS = "70b_h200_sxm_vllm_fp8"
 
 def test_llama_70b_on_h200(gates: Gates) -> None:
     rows = read_rows().narrowed(ROWS)
-    for line in row_lines(rows, with_points=False):
-        print(line)
+    left_out = list(row_lines(rows, with_points=False))
     assert len(rows.points) + len(rows.screened) == 60
     venv = vllm_environment(VLLM_VERSIONS[-1]).python.parent.parent
-    predictions = predict(rows.points, venv, on_row=lambda prediction: print(prediction_line(prediction)))
+    predictions = predict(rows.points, venv)
+    inside = sum(found.is_inside for found in predictions)
+    counted = f"{inside} of {len(predictions)} rows inside the stated uncertainty"
+    gates.listing("inferencemax", [*left_out, *map(prediction_line, predictions), counted])
+    gates.check(GATE, f"Llama-3.1-70B FP8, H200: {counted}", 100 * inside / len(predictions), unit="% of rows")
     gates.source(GATE, SOURCE)
     _report(gates, "Llama-3.1-70B FP8, H200", predictions, at_most=5.0)
     for tensor_parallel in (1, 2, 4, 8):

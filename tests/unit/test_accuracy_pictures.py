@@ -28,6 +28,7 @@ def a_session() -> Record:
     gates.check("other", "MAPE", 3.0, controls={"boosted trees": 4.0})
     gates.points("other", "TPOT", {"id 7": 10.0, "id 8": 200.0}, series="measured")
     gates.points("other", "TPOT", {"id 7": 10.5, "id 8": 190.0}, series="answered")
+    gates.listing("other", ["id 7: inside", "id 8: OUTSIDE"])
     return gates.record
 
 
@@ -81,14 +82,15 @@ def test_pictures_are_drawn_again_from_the_files_alone(tmp_path: Path) -> None:
     assert again == record
     names = ["cdf_replay_of_x.png", "errors_other.png", "errors_whole_runs.png", "points_other.png"]
     assert [path.name for path in drawn] == names
-    assert [path.name for path in written] == ["figures.json", "table.txt", *names]
+    assert [path.name for path in written] == ["figures.json", "table.txt", "other_rows.txt", *names]
     assert (tmp_path / "first" / "table.txt").read_text() == printed(record)
+    assert (tmp_path / "first" / "other_rows.txt").read_text() == "id 7: inside\nid 8: OUTSIDE\n"
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.read_bytes() == (tmp_path / "first" / path.name).read_bytes()
 
 
-def test_pictures_of_figures_that_are_gone_do_not_stay(tmp_path: Path) -> None:
+def test_pictures_and_cases_of_figures_that_are_gone_do_not_stay(tmp_path: Path) -> None:
     write(a_session(), tmp_path)
     gates = Gates()
     gates.check("another", "MAPE", 1.0, at_most=2.0)
@@ -97,6 +99,7 @@ def test_pictures_of_figures_that_are_gone_do_not_stay(tmp_path: Path) -> None:
     write(gates.record, tmp_path)
 
     assert [path.name for path in tmp_path.glob("*.png")] == ["errors_another.png"]
+    assert not list(tmp_path.glob("*_rows.txt"))
 
 
 def test_a_long_sample_keeps_its_ends_and_its_middle() -> None:
