@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from environments import REPOSITORY, VLLM_VERSIONS, VllmEnvironment, shim_site, vllm_environment
+from environments import VLLM_VERSIONS, VllmEnvironment, measured_data, shim_site, vllm_environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The measured runs and reference tables; they lie beside the checkout or where STEP_ORACLE_DATA says."""
-    folder = Path(os.environ.get("STEP_ORACLE_DATA") or REPOSITORY.parent / "shared" / "data")
+    folder = measured_data()
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; set STEP_ORACLE_DATA")
     return folder

@@ -38,6 +38,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEP_ORACLE_CACHE") or default)
 
 
+def measured_data() -> Path:
+    """Where the measured runs and reference tables lie: STEP_ORACLE_DATA, else beside the checkout."""
+    return Path(os.environ.get("STEP_ORACLE_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
 @functools.cache
 def vllm_environment(version: str) -> VllmEnvironment:
     """The cached environment of this version; the first call on a machine builds it (over a minute, 3 GB)."""

@@ -6,7 +6,6 @@ the key), the KV cache without a limit, and what LLMServingSim reports of itself
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,13 +86,11 @@ def test_a_real_run_is_replayed_within_the_promised_errors(
         gates.check(gate, f"{metric.upper()} of each request, MAPE", value, at_most=at_most, controls=beside)
     extrapolated = ours.document["extrapolated"]["device_time_percent"]
     gates.check(gate, "extrapolated device time", extrapolated, unit="% of time")
+    # Other tests run beside this one: `make bench-replay` is what fails where the speed is missed.
     speed, null = ours.times_real_time
     beside = {"null oracle": null, "least": run.least_speed}
     gates.check(gate, "times real time", speed, unit="x", controls=beside)
     curves(gates, gate, gpu, data_folder, {"replayed": ours, **controls})
-    # A busy machine is slower, so the bound on speed binds where it is asked for.
-    if os.environ.get("STEP_ORACLE_STRICT_SPEED"):
-        assert speed >= run.least_speed
 
 
 def test_more_kv_blocks_than_the_device_had_raise_tpot_and_collapse_ttft(

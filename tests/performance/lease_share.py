@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from environments import VLLM_VERSIONS, vllm_environment
+from environments import VLLM_VERSIONS, measured_data, vllm_environment
 from fleet import replies, step_oracle
 from oracle_server import pack as packs
 from oracle_server.rpc import wire
@@ -38,12 +37,7 @@ EXPERIMENT = "tenants/default/experiments/default"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("STEP_ORACLE_DATA", "shared/data")))
-    parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
-    parser.add_argument("--seconds", type=int, default=600, help="length of each workload")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
+    options = parsed()
     with tempfile.TemporaryDirectory(prefix="step-oracle-bench-") as name:
         rows = list(measure(options.data, Path(name), options.vllm_version, options.seconds))
     table = Table(title=f"Steps answered without a message, vLLM {options.vllm_version}, {options.seconds} s each")
@@ -57,6 +51,18 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=measured_data())
+    parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
+    parser.add_argument("--seconds", type=int, default=600, help="length of each workload")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args(arguments)
+    if not options.data.is_dir():
+        parser.error(f"no data in {options.data}; give --data or set STEP_ORACLE_DATA")
+    return options
 
 
 def measure(data: Path, folder: Path, version: str, seconds: int) -> Iterator[dict[str, Any]]:
