@@ -16,6 +16,8 @@ from step_oracle.v1 import oracle_service_pb2, step_pb2
 
 STEPS = step_sequence(300, seed=5)
 PERIOD_NS = 1_000_000
+# What is not answered by then counts as lost. Longer than any machine stalls: these tests are not about time.
+DRAIN_SECONDS = 50.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,9 @@ def test_streamed_answers_equal_those_of_a_grpcio_client(
         stream = shared.join(name)
         expected.append([reply for step in STEPS for reply in stream.ask(step)])
         stream.close()
-    run = run_load(streams(shared, names), shared_server.target, closed=closed, answers=True)
+    run = run_load(
+        streams(shared, names), shared_server.target, closed=closed, answers=True, drain_seconds=DRAIN_SECONDS
+    )
     assert run.kept_up
     assert run.steps == len(names) * len(STEPS)
     assert [replies_of(run, engine) for engine in range(len(names))] == expected
@@ -63,15 +67,35 @@ def test_streamed_answers_equal_those_of_a_grpcio_client(
 def test_unary_answers_equal_those_of_a_grpcio_client(shared: Calls, shared_server: OracleProcess) -> None:
     engine = oracle_service_pb2.SampleStepRequest(engine=identity("load-unary")).SerializeToString()
     script = Script(UNARY, [unary_messages(STEPS, period_ns=PERIOD_NS)], [ScriptEngine(0, 0, engine)])
-    run = run_load(script, shared_server.target, answers=True)
+    run = run_load(script, shared_server.target, answers=True, drain_seconds=DRAIN_SECONDS)
     assert run.kept_up
     assert replies_of(run, 0) == shared.sample(identity("load-unary"), STEPS)
+
+
+def test_an_engine_that_begins_in_the_middle_sends_its_part_alone(shared: Calls, shared_server: OracleProcess) -> None:
+    messages = stream_messages(STEPS, period_ns=PERIOD_NS, generation=1)
+    engines = [
+        ScriptEngine(0, -first * PERIOD_NS, opening(shared, f"load-from-{first}"), first, 50) for first in (0, 100, 250)
+    ]
+    run = run_load(Script(STREAM, [messages], engines), shared_server.target, answers=True, drain_seconds=DRAIN_SECONDS)
+    assert run.kept_up
+    assert run.due_ns.tolist() == [i * PERIOD_NS for i in range(50)] * 3
+    for number, first in enumerate((0, 100, 250)):
+        asked = STEPS[first : first + 50]
+        assert replies_of(run, number) == shared.sample(identity(f"load-from-{first}"), asked)
+
+
+def test_a_part_that_is_not_there_is_an_error(shared: Calls, shared_server: OracleProcess) -> None:
+    messages = stream_messages(STEPS, period_ns=PERIOD_NS, generation=1)
+    script = Script(STREAM, [messages], [ScriptEngine(0, 0, b"", len(STEPS) - 1, 2)])
+    with pytest.raises(LoadFailed, match=f"2 messages from {len(STEPS) - 1} on, of {len(STEPS)}"):
+        run_load(script, shared_server.target)
 
 
 def test_the_client_speaks_over_a_unix_socket(tmp_path: Path, pack_dirs: dict[str, Path]) -> None:
     with OracleProcess(tmp_path / "state", listen=(f"unix:{tmp_path}/s",)) as server, Calls(server.target) as calls:
         calls.create(calls.upload(pack_dirs["sampled"]))
-        run = run_load(streams(calls, ["e"]), server.target, answers=True)
+        run = run_load(streams(calls, ["e"]), server.target, answers=True, drain_seconds=DRAIN_SECONDS)
         assert replies_of(run, 0) == calls.sample(identity("e"), STEPS)
 
 

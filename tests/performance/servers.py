@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -33,20 +34,23 @@ from step_oracle.v1 import step_pb2
 
 PERIOD_NS = 20_000_000
 SEQUENCES = 16
-# Engines are emulated from this step on: those that hold leases have collected theirs by then.
+# Engines are emulated from this step on at the earliest: those that hold leases have collected theirs by then.
 WARM_STEPS = 2000
+# Engines of one sequence begin at different steps of it, STRIDE apart and around at SPREAD: engines that did the same at
+# the same time would send their rare messages in the same periods. A prime is a stride to 1,000 different beginnings.
+SPREAD, STRIDE = 1000, 617
 _FOLDER = Path(__file__).parent
 _GOLDEN = 0.6180339887498949
 
 
 @cache
 def sequence(number: int, steps: int) -> tuple[step_pb2.StepRequest, ...]:
-    """Steps of an emulated engine, the warm-up included."""
-    return tuple(step_sequence(WARM_STEPS + steps, seed=number))
+    """Steps of an emulated engine that plays `steps` of them, the warm-up and all beginnings included."""
+    return tuple(step_sequence(WARM_STEPS + SPREAD + steps, seed=number))
 
 
 def steps_of(number: int, steps: int) -> Sequence[step_pb2.StepRequest]:
-    """The steps that are played."""
+    """The steps that are played by one engine or another."""
     return sequence(number, steps)[WARM_STEPS:]
 
 
@@ -97,7 +101,7 @@ class Ours:
         for i in range(engines):
             opening = self.opening(f"e{i}", leases=leases, experiment=names[i % len(names)])
             begins.append(service.StreamStepsRequest(open=opening).SerializeToString())
-        return Script(STREAM, messages, script_engines(begins, len(messages)))
+        return Script(STREAM, messages, script_engines(begins, messages, steps))
 
     def sent(self, number: int, steps: int) -> list[int]:
         """Positions in `sequence(number, steps)` of the steps that a shim with leases sends."""
@@ -111,7 +115,7 @@ class Ours:
         """Steps answered from leases, as a share of the leasable ones and of all."""
         sent = sum(i >= WARM_STEPS for n in range(SEQUENCES) for i in self.sent(n, steps))
         leasable = sum(is_leasable(step.shape) for n in range(SEQUENCES) for step in steps_of(n, steps))
-        total = steps * SEQUENCES
+        total = (SPREAD + steps) * SEQUENCES
         return (total - sent) / leasable, (total - sent) / total
 
     def _messages(self, number: int, steps: int, leases: bool) -> list[Message]:
@@ -141,25 +145,38 @@ def stream_script(engines: int, steps: int) -> Script:
         stream_messages(steps_of(n, steps), period_ns=PERIOD_NS, generation=1) for n in range(min(engines, SEQUENCES))
     ]
     opening = service.StreamStepsRequest(open=service.StreamOpen(engine=identity("e"), incarnation=1))
-    return Script(STREAM, messages, script_engines([opening.SerializeToString()] * engines, len(messages)))
+    return Script(STREAM, messages, script_engines([opening.SerializeToString()] * engines, messages, steps))
 
 
 def unary_script(engines: int, steps: int) -> Script:
     """SampleStep calls, one at a time per engine."""
     messages = [unary_messages(steps_of(n, steps), period_ns=PERIOD_NS) for n in range(min(engines, SEQUENCES))]
     begins = [service.SampleStepRequest(engine=identity(f"e{i}")).SerializeToString() for i in range(engines)]
-    return Script(UNARY, messages, script_engines(begins, len(messages)))
+    return Script(UNARY, messages, script_engines(begins, messages, steps))
 
 
 def raw_script(engines: int, steps: int) -> Script:
     """Frames for the bare socket."""
     messages = [raw_messages(steps_of(n, steps), period_ns=PERIOD_NS) for n in range(min(engines, SEQUENCES))]
-    return Script(RAW, messages, script_engines([b""] * engines, len(messages)))
+    return Script(RAW, messages, script_engines([b""] * engines, messages, steps))
 
 
-def script_engines(begins: Sequence[bytes], sequences: int) -> list[ScriptEngine]:
-    """Engines spread evenly over the period and over the sequences."""
-    return [ScriptEngine(i % sequences, int(i * _GOLDEN % 1 * PERIOD_NS), begin) for i, begin in enumerate(begins)]
+def script_engines(begins: Sequence[bytes], sequences: Sequence[Sequence[Message]], steps: int) -> list[ScriptEngine]:
+    """Engines of `steps` steps each, spread evenly over the period, the sequences and the beginnings in them.
+
+    What an engine sends is cut out of the whole sequence, so it holds the leases, and has reported the counts, of one that
+    has lived the steps before.
+    """
+    engines = []
+    for i, begin in enumerate(begins):
+        sequence, start = i % len(sequences), i // len(sequences) * STRIDE % SPREAD
+        first, end = (
+            bisect_left(sequences[sequence], step * PERIOD_NS, key=lambda message: message.due_ns)
+            for step in (start, start + steps)
+        )
+        phase = int(i * _GOLDEN % 1 * PERIOD_NS) - start * PERIOD_NS
+        engines.append(ScriptEngine(sequence, phase, begin, first, end - first))
+    return engines
 
 
 def play(script: Script, target: str, pids: Sequence[int], *, closed: bool = False, **options: float | bool) -> LoadRun:

@@ -31,7 +31,7 @@ void die(const char *what) {
 static void drop(struct engine *e) {
   if (e->gone) return;
   e->gone = true;
-  run.lost += e->sequence->count - e->answered;
+  run.lost += e->script->count - e->answered;
   if (!run.failed++) snprintf(run.first_error, sizeof run.first_error, "%.*s", ERROR_SIZE - 1, e->h.error);
   if (!e->opened) run.opened++;  // no longer waited for
   e->opened = true;
@@ -72,13 +72,13 @@ static void send_message(struct engine *e, const struct message *m) {
 
 // Messages that ask for nothing are answered as soon as they are sent.
 static void pass_over_counts(struct engine *e) {
-  while (e->answered < e->sent && !e->sequence->messages[e->answered].steps) e->answered++, run.answered++;
+  while (e->answered < e->sent && !e->script->messages[e->answered].steps) e->answered++, run.answered++;
 }
 
 // Sends what is due as far as it may.
 void engine_pump(struct engine *e) {
   while (!e->gone && e->opened && e->sent < e->due && (!run.closed_loop || e->sent == e->answered)) {
-    const struct message *m = &e->sequence->messages[e->sent];
+    const struct message *m = &e->script->messages[e->sent];
     if (!may_send(e, m)) break;
     e->sent_ns[e->sent] = now_ns() - run.begin_ns;
     send_message(e, m);
@@ -96,7 +96,7 @@ static void take_reply(struct engine *e, uint64_t step_index, bool lease) {
     http2_fail(&e->h, "an answer to step %llu that was not asked for", (unsigned long long)step_index);
     return;
   }
-  const struct message *m = &e->sequence->messages[e->answered];
+  const struct message *m = &e->script->messages[e->answered];
   if (step_index != m->step_index + e->steps) {
     http2_fail(&e->h, "an answer to step %llu where step %llu was due", (unsigned long long)step_index,
                (unsigned long long)m->step_index + e->steps);

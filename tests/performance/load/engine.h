@@ -13,7 +13,6 @@
 struct engine {
   struct http2 h;
   const struct script_engine *script;
-  const struct sequence *sequence;
   uint32_t due, sent, answered;  // messages
   uint32_t steps;                // answers to message `answered` so far
   bool opened, wants_write, gone, stalled;

@@ -108,8 +108,8 @@ static struct entry *make_schedule(void) {
   uint64_t at = 0;
   for (uint32_t i = 0; i < run.script.engines; i++) {
     const struct engine *e = &run.engines[i];
-    for (uint32_t m = 0; m < e->sequence->count; m++)
-      schedule[at++] = (struct entry){e->sequence->messages[m].due_ns + e->script->phase_ns, i};
+    for (uint32_t m = 0; m < e->script->count; m++)
+      schedule[at++] = (struct entry){e->script->messages[m].due_ns + e->script->phase_ns, i};
   }
   qsort(schedule, run.messages, sizeof *schedule, by_time);
   return schedule;
@@ -141,7 +141,7 @@ static const char *run_closed_loop(int64_t limit_ns) {
   run.begin_ns = now_ns();
   read_clocks(0);
   for (uint32_t i = 0; i < run.script.engines; i++) {
-    run.engines[i].due = run.engines[i].sequence->count;
+    run.engines[i].due = run.engines[i].script->count;
     engine_pump(&run.engines[i]);
   }
   while (!stopped) {
@@ -171,8 +171,8 @@ static void write_times(const char *path) {
   if (!file) die(path);
   for (uint32_t i = 0; i < run.script.engines; i++) {
     struct engine *e = &run.engines[i];
-    for (uint32_t m = 0; m < e->sequence->count; m++) {
-      const struct message *message = &e->sequence->messages[m];
+    for (uint32_t m = 0; m < e->script->count; m++) {
+      const struct message *message = &e->script->messages[m];
       int64_t row[5] = {i, message->steps, run.closed_loop ? e->sent_ns[m] : message->due_ns + e->script->phase_ns,
                         m < e->sent ? e->sent_ns[m] : -1, m < e->answered && message->steps ? e->answered_ns[m] : -1};
       fwrite(row, sizeof row, 1, file);
@@ -216,11 +216,10 @@ int main(int count, char **values) {
   for (uint32_t i = 0; i < run.script.engines; i++) {
     struct engine *e = &run.engines[i];
     e->script = &run.script.engine[i];
-    e->sequence = &run.script.sequence[e->script->sequence];
-    run.messages += e->sequence->count;
-    e->sent_ns = calloc(2 * (size_t)e->sequence->count + 1, sizeof *e->sent_ns);
+    run.messages += e->script->count;
+    e->sent_ns = calloc(2 * (size_t)e->script->count + 1, sizeof *e->sent_ns);
     if (!e->sent_ns) abort();
-    e->answered_ns = e->sent_ns + e->sequence->count;
+    e->answered_ns = e->sent_ns + e->script->count;
   }
   if ((run.epoll_fd = epoll_create1(EPOLL_CLOEXEC)) < 0) die("epoll_create1");
   int64_t limit_ns = now_ns() + (int64_t)(max_seconds * SECOND);

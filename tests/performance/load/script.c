@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define MAGIC "SOLOAD1\n"
+#define MAGIC "SOLOAD2\n"
 
 struct reader {
   const uint8_t *at, *end;
@@ -88,6 +88,13 @@ struct script read_script(const char *path) {
       fprintf(stderr, "load: engine %u has sequence %u of %u\n", i, e->sequence, s.sequences);
       exit(2);
     }
+    uint32_t first = take32(&r), length = s.sequence[e->sequence].count;
+    e->count = take32(&r);
+    if (first > length || e->count > length - first) {
+      fprintf(stderr, "load: engine %u has %u messages from %u on, of %u\n", i, e->count, first, length);
+      exit(2);
+    }
+    e->messages = s.sequence[e->sequence].messages + first;
     e->phase_ns = take64(&r);
     e->begin_size = take32(&r);
     e->begin = take(&r, e->begin_size);

@@ -23,8 +23,10 @@ struct sequence {
 
 struct script_engine {
   uint32_t sequence;
+  uint32_t count;                  // the messages it sends, consecutive ones of its sequence
+  const struct message *messages;
   int64_t phase_ns;
-  uint32_t begin_size;   // stream: the opening message; unary: goes before every message
+  uint32_t begin_size;             // stream: the opening message; unary: goes before every message
   const uint8_t *begin;
 };
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from step_oracle.v1 import oracle_service_pb2 as service
 from step_oracle.v1 import step_pb2
 
-_MAGIC = b"SOLOAD1\n"
+_MAGIC = b"SOLOAD2\n"
 STREAM, UNARY, RAW = 0, 1, 2
 _METHODS = {STREAM: "StreamSteps", UNARY: "SampleStep", RAW: ""}
 # Bounds of the shim's lateness buckets, and the last one for what is above.
@@ -30,11 +30,14 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class ScriptEngine:
     """An emulated engine: the sequence it plays, how far it is shifted, and the bytes it begins with: the message that
-    opens its stream, or what goes before each of its unary messages."""
+    opens its stream, or what goes before each of its unary messages. It sends `count` messages of the sequence from
+    number `first` on; without a count all that follow."""
 
     sequence: int
     phase_ns: int
     begin: bytes = b""
+    first: int = 0
+    count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,10 @@ class Script:
                 head = struct.pack("<qQII", message.due_ns, message.step_index, message.steps, len(message.data))
                 parts += (head, message.data)
         for engine in self.engines:
-            parts += (struct.pack("<IqI", engine.sequence, engine.phase_ns, len(engine.begin)), engine.begin)
+            left = len(self.sequences[engine.sequence]) - engine.first
+            count = left if engine.count is None else engine.count
+            head = struct.pack("<IIIqI", engine.sequence, engine.first, count, engine.phase_ns, len(engine.begin))
+            parts += (head, engine.begin)
         path.write_bytes(b"".join(parts))
 
 

@@ -79,9 +79,11 @@ def test_a_header_block_needs_no_table_of_its_reader() -> None:
 
 def test_the_file_holds_sequences_once_and_engines_by_number(tmp_path: Path) -> None:
     sequence = [Message(5, 7, 1, b"abc")]
-    Script(STREAM, [sequence], [ScriptEngine(0, 11, b"xy"), ScriptEngine(0, 12, b"")]).write(tmp_path / "s")
+    engines = [ScriptEngine(0, 11, b"xy"), ScriptEngine(0, -12, b"", first=1, count=0)]
+    Script(STREAM, [sequence], engines).write(tmp_path / "s")
     data = (tmp_path / "s").read_bytes()
-    assert data.startswith(b"SOLOAD1\n" + struct.pack("<III", STREAM, 1, 2))
+    assert data.startswith(b"SOLOAD2\n" + struct.pack("<III", STREAM, 1, 2))
     message = struct.pack("<IqQII", 1, 5, 7, 1, 3) + b"abc"
-    engines = struct.pack("<IqI", 0, 11, 2) + b"xy" + struct.pack("<IqI", 0, 12, 0)
-    assert data.endswith(message + engines)
+    assert data.endswith(
+        message + struct.pack("<IIIqI", 0, 0, 1, 11, 2) + b"xy" + struct.pack("<IIIqI", 0, 1, 0, -12, 0)
+    )
