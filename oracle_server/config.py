@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oracle_server.errors import InvalidArgument
+from oracle_server.scheduling import BATCH, OTHER
 
 DEFAULT_TARGET = "127.0.0.1:8470"
 DEFAULT_METRICS = "127.0.0.1:8471"
@@ -36,6 +37,7 @@ _STATE_DIR = "STEP_ORACLE_STATE_DIR"
 _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
 _LEASES = "STEP_ORACLE_LEASES"
 _SHARDS = "STEP_ORACLE_SHARDS"
+_SCHEDULING = "STEP_ORACLE_SCHEDULING"
 
 MAX_SHARDS = 64
 
@@ -52,6 +54,7 @@ class ServerConfig:
     | drain_seconds | 5 | how long calls in flight may take after SIGTERM, in seconds |
     | leases | 1 | 0: grant no leases, every step is asked for |
     | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
+    | scheduling | batch | batch: SCHED_BATCH, half the CPU per step; other: as the server was started |
     """
 
     listen: tuple[str, ...]
@@ -60,6 +63,7 @@ class ServerConfig:
     drain_seconds: float
     leases: bool = True
     shards: int = 1
+    scheduling: str = BATCH
 
 
 def read_config(
@@ -93,6 +97,9 @@ def read_config(
     granted = environ.get(_LEASES) or "1"
     if granted not in ("0", "1"):
         raise InvalidArgument(f"{_LEASES} is {granted!r}; allowed: 0 and 1", field="leases")
+    scheduling = environ.get(_SCHEDULING) or BATCH
+    if scheduling not in (BATCH, OTHER):
+        raise InvalidArgument(f"{_SCHEDULING} is {scheduling!r}; allowed: {BATCH} and {OTHER}", field="scheduling")
     folder = state_dir or Path(environ.get(_STATE_DIR) or _default_state_dir(environ))
     return ServerConfig(
         addresses,
@@ -101,6 +108,7 @@ def read_config(
         drain_seconds,
         leases and granted == "1",
         _read_shards(environ.get(_SHARDS) or "1") if shards is None else _read_shards(str(shards)),
+        scheduling,
     )
 
 
@@ -136,7 +144,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, *_OF_OTHERS}
+    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,7 @@ from oracle_server.rpc.metrics import Metrics, MetricsCollector
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.rpc.pack_service import ProfilePackService
 from oracle_server.rpc.tenant_service import TenantService
+from oracle_server.scheduling import scheduling, take_scheduling
 from oracle_server.state.node import Node
 from step_oracle.v1 import (
     experiment_pb2,
@@ -65,6 +67,7 @@ def serve(config: ServerConfig) -> int:
 
 
 async def _serve(config: ServerConfig) -> int:
+    refused = take_scheduling(config.scheduling)
     metrics = Metrics()
     events, log_writer = configure(metrics.count_dropped_line)
     node = Node(config.state_dir)
@@ -85,7 +88,7 @@ async def _serve(config: ServerConfig) -> int:
     for service in ("", *SERVICES):
         await health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
     await server.start()
-    events.info("started", listen=addresses, state_dir=str(config.state_dir), pid=os.getpid())
+    started(config, events, addresses, refused)
     try:
         compiled = await node.open()
     except OracleError:
@@ -114,6 +117,14 @@ async def _serve(config: ServerConfig) -> int:
     events.info("drained", steps=sum(metrics.steps))
     await asyncio.to_thread(log_writer.close)
     return 0
+
+
+def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused: str) -> None:
+    """Log that the process takes connections, and under which policy; `refused`: why not under the one it should."""
+    where = {"listen": list(addresses), "state_dir": str(config.state_dir)}
+    events.info("started", **where, pid=os.getpid(), scheduling=scheduling())
+    if refused:
+        events.info("scheduling refused", why=refused)
 
 
 def options(*, shared_port: bool = False) -> tuple[tuple[str, int], ...]:

@@ -13,7 +13,8 @@ from oracle_server.config import ServerConfig
 from oracle_server.errors import StoreFailed
 from oracle_server.logs import configure
 from oracle_server.rpc.metrics import Metrics
-from oracle_server.server import add_services, address_of, bind, options, serve_metrics
+from oracle_server.scheduling import take_scheduling
+from oracle_server.server import add_services, address_of, bind, options, serve_metrics, started
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
@@ -28,6 +29,7 @@ _PATH_BYTES = 107
 
 async def serve_sharded(config: ServerConfig) -> int:
     """Run until SIGTERM or SIGINT; the exit status. StoreFailed where it cannot start."""
+    refused = take_scheduling(config.scheduling)
     metrics = Metrics()
     events, log_writer = configure(metrics.count_dropped_line)
     socket = _socket_path(config)
@@ -64,7 +66,7 @@ async def serve_sharded(config: ServerConfig) -> int:
         bind(server, (f"unix:{socket}",))
         await server.start()
         pool.start()
-        events.info("started", listen=reservation.addresses, state_dir=str(config.state_dir), pid=os.getpid())
+        started(config, events, reservation.addresses, refused)
         compiled = await node.open()
         addresses = ", ".join(await pool.join(node, streams))
         metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])

@@ -36,8 +36,8 @@ PERIOD_NS = 20_000_000
 SEQUENCES = 16
 # Engines are emulated from this step on at the earliest: those that hold leases have collected theirs by then.
 WARM_STEPS = 2000
-# Engines of one sequence begin at different steps of it, STRIDE apart and around at SPREAD: engines that did the same at
-# the same time would send their rare messages in the same periods. A prime is a stride to 1,000 different beginnings.
+# Engines of one sequence begin at different steps of it, STRIDE apart and around at SPREAD: in step with each other
+# they would send their rare messages in the same periods. A prime is a stride to 1,000 different beginnings.
 SPREAD, STRIDE = 1000, 617
 _FOLDER = Path(__file__).parent
 _GOLDEN = 0.6180339887498949
@@ -164,8 +164,8 @@ def raw_script(engines: int, steps: int) -> Script:
 def script_engines(begins: Sequence[bytes], sequences: Sequence[Sequence[Message]], steps: int) -> list[ScriptEngine]:
     """Engines of `steps` steps each, spread evenly over the period, the sequences and the beginnings in them.
 
-    What an engine sends is cut out of the whole sequence, so it holds the leases, and has reported the counts, of one that
-    has lived the steps before.
+    What an engine sends is cut out of the whole sequence, so it holds the leases, and has reported the counts, of one
+    that has lived the steps before.
     """
     engines = []
     for i, begin in enumerate(begins):

@@ -44,4 +44,5 @@ def test_an_engine_sends_what_is_due_in_the_steps_of_its_own() -> None:
     assert [engine.first for engine in engines[:SEQUENCES]] == [0] * SEQUENCES
     assert len({engine.first for engine in engines[::SEQUENCES]}) == 3
     for due in dues(3 * SEQUENCES):
-        assert 0 <= min(due) and max(due) < (STEPS + 1) * PERIOD_NS
+        assert min(due) >= 0
+        assert max(due) < (STEPS + 1) * PERIOD_NS

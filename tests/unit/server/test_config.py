@@ -19,6 +19,8 @@ def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
     )
     assert read_config({"STEP_ORACLE_SHARDS": "4"}).shards == 4
     assert read_config({"STEP_ORACLE_SHARDS": "4"}, shards=2).shards == 2
+    assert read_config({}).scheduling == "batch"
+    assert read_config({"STEP_ORACLE_SCHEDULING": "other"}).scheduling == "other"
     assert read_config({}).leases
     assert not read_config({}, leases=False).leases
     assert not read_config({"STEP_ORACLE_LEASES": "0"}).leases
@@ -49,6 +51,7 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_SHARDS": "0"},
         {"STEP_ORACLE_SHARDS": "65"},
         {"STEP_ORACLE_SHARDS": "two"},
+        {"STEP_ORACLE_SCHEDULING": "fifo"},
     ],
 )
 def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:
