@@ -66,8 +66,12 @@ def main() -> int:
         show(console, name, figures[name])
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "figures.json").write_text(json.dumps(figures, indent=1))
-    draw(figures, options.output / "figures.png")
-    console.print(f"written: {options.output}/figures.json, {options.output}/figures.png")
+    picture = options.output / "figures.png"
+    # One of an earlier run would pass for this one's.
+    picture.unlink(missing_ok=True)
+    draw(figures, picture)
+    written = [options.output / "figures.json", *([picture] if picture.exists() else [])]
+    console.print(f"written: {', '.join(map(str, written))}")
     return 0
 
 

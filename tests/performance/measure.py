@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,12 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
-@contextmanager
-def as_batch(wanted: bool = True) -> Iterator[None]:
-    """Processes started inside run under SCHED_BATCH, as `chrt --batch 0` starts them: a thread that wakes does not
-    take the core from one that works, so a server's poller and its loop change places less often."""
-    if wanted:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+def set_policy(pid: int, policy: int) -> None:
+    """Put every thread of a process under a policy; threads it starts later inherit it."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        # A thread may end meanwhile.
+        with suppress(ProcessLookupError):
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from performance.load.script import (
     unary_messages,
 )
 from performance.load.sequences import step_sequence
-from performance.measure import LOAD_CORE, SERVER_CORE, as_batch, on_core
+from performance.measure import LOAD_CORE, SERVER_CORE, on_core
 from step_oracle.v1 import oracle_service_pb2 as service
 from step_oracle.v1 import step_pb2
 
@@ -57,18 +57,15 @@ def steps_of(number: int, steps: int) -> Sequence[step_pb2.StepRequest]:
 class Ours:
     """Our server with a pack. Owns the process; use as a context manager."""
 
-    def __init__(
-        self, folder: Path, *, listen: Sequence[str] = (), arguments: Sequence[str] = (), batch: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, listen: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._batch = batch
         self.process = OracleProcess(folder / "state", listen=listen or (f"unix:{folder}/s",), arguments=arguments)
         self.attached: dict[tuple[str, str], int] = {}
         self._sent: dict[tuple[int, int], list[int]] = {}
 
     def __enter__(self) -> Ours:
         raise_file_limit()
-        with on_core(SERVER_CORE), as_batch(self._batch):
+        with on_core(SERVER_CORE):
             self.process.start()
         self.calls = Calls(self.process.target)
         return self

@@ -24,19 +24,21 @@ def spread(value: Figures, digits: int = 1, scale: float = 1.0) -> str:
 
 
 def _cpu_per_step(figures: Figures) -> Iterable[Table]:
-    costs = figures["us_per_step"]
-    table = _table(
-        f"Server CPU per step: {figures['engines']} connections, one message in flight on each, "
-        f"{figures['mixed_share']:.1%} mixed steps, {figures['leased_share_of_leasable']:.1%} of leasable ones leased",
-        "stack",
-        "us per step",
-        "straightforward / it",
-        "it / bare socket",
-    )
-    for name, cost in costs.items():
-        faster = figures["straightforward_over"].get(name)
-        table.add_row(name, spread(cost), spread(faster) if faster else "1", spread(figures["over_raw_socket"][name]))
-    yield table
+    for policy in ("batch", "other"):
+        found = figures[policy]
+        table = _table(
+            f"Server CPU per step, all servers under SCHED_{policy.upper()}: {figures['engines']} connections, one "
+            f"message in flight on each where not paced, {figures['mixed_share']:.1%} mixed steps, "
+            f"{figures['leased_share_of_leasable']:.1%} of leasable ones leased",
+            "stack",
+            "us per step",
+            "straightforward / it",
+            "it / bare socket",
+        )
+        for name, cost in found["us_per_step"].items():
+            faster = found["straightforward_over"].get(name)
+            table.add_row(name, spread(cost), spread(faster) if faster else "1", spread(found["over_raw_socket"][name]))
+        yield table
 
 
 def _paced_engines(figures: Figures) -> Iterable[Table]:
