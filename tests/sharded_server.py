@@ -57,6 +57,12 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has stopped every thread of a process."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
 def metrics(server: OracleProcess) -> dict[str, float]:
     """The samples of a scrape, and `steps`: those of any support."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -28,6 +28,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
 )
 
+# What is said between the processes is as large as it is: the limits are those of the state (state/binding.py).
+SERVER_OPTIONS = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1))
+
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 

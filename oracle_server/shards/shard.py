@@ -20,7 +20,7 @@ from oracle_server.logs import configure
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.server import SERVICES, add_health, bind, options
-from oracle_server.shards.calls import Peer, handler_of
+from oracle_server.shards.calls import SERVER_OPTIONS, Peer, handler_of
 from oracle_server.shards.counts import counts_of
 from oracle_server.shards.forwarding import Forwarding
 from oracle_server.shards.messages import (
@@ -74,7 +74,7 @@ class Shard:
         oracle = OracleService(cast(Node, self._mirror), self._metrics, self._events, leases=task.leases)
         oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, self._server)
         add_health(self._server, self._health)
-        control = grpc.aio.server(options=options())
+        control = grpc.aio.server(options=SERVER_OPTIONS)
         control.add_generic_rpc_handlers((self._control(),))
         bind(control, (task.control,))
         await control.start()

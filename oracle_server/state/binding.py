@@ -21,6 +21,8 @@ MAX_TEXT = 256
 MAX_LENGTH_CLASSES = 64
 MAX_QUANTILES = 200_000
 MAX_SCALE = 1e6
+# As shards are told of it. A request of the wire has 4 MiB at most, which becomes 5 here.
+MAX_BYTES = 8 << 20
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,6 +133,13 @@ def check(binding: Binding) -> None:
         )
     if binding.length_table is not None:
         _check_lengths(binding.length_table)
+    size = len(msgspec.msgpack.encode(binding))
+    if size > MAX_BYTES:
+        raise InvalidArgument(
+            f"the binding has {size:,} bytes; allowed: at most {MAX_BYTES:,}. Give fewer or shorter labels, or fewer "
+            "quantiles",
+            field="binding",
+        )
 
 
 def _check_share(labels: dict[str, str], fraction: float, salt: str, where: str) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,12 +16,14 @@ from oracle_process import OracleProcess
 from performance.load.client import LoadFailed, LoadRun, NoCompiler, build_client, run_load
 from performance.load.script import STREAM, UNARY, Script, ScriptEngine, stream_messages, unary_messages
 from performance.load.sequences import mixed_share, step_sequence
+from sharded_server import is_stopped, metrics, wait_for
 from step_oracle.v1 import oracle_service_pb2, step_pb2
 
 STEPS = step_sequence(300, seed=5)
 PERIOD_NS = 1_000_000
 # What is not answered by then counts as lost. Longer than any machine stalls: these tests are not about time.
 DRAIN_SECONDS = 50.0
+STALL_SECONDS = 0.6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,11 +106,40 @@ def test_the_client_speaks_over_a_unix_socket(tmp_path: Path, pack_dirs: dict[st
 
 
 def test_an_open_loop_charges_a_stalled_server_for_what_was_due(shared: Calls, shared_server: OracleProcess) -> None:
-    script = streams(shared, ["load-due"])
-    run = run_load(script, shared_server.target)
-    assert (run.due_ns == [i * PERIOD_NS for i in range(len(STEPS))]).all()
-    assert (run.sent_ns >= run.due_ns).all()
-    assert (run.latency_ns >= run.answered_ns - run.sent_ns).all()
+    engine = [ScriptEngine(0, 0, opening(shared, "load-due"))]
+    messages = stream_messages(STEPS, period_ns=10 * PERIOD_NS, generation=1)
+    before = metrics(shared_server)["steps"]
+    with ThreadPoolExecutor() as pool:
+        script = Script(STREAM, [messages], engine)
+        running = pool.submit(run_load, script, shared_server.target, drain_seconds=DRAIN_SECONDS)
+        wait_for(lambda: metrics(shared_server)["steps"] > before)
+        os.kill(shared_server.pid, signal.SIGSTOP)
+        try:
+            wait_for(lambda: is_stopped(shared_server.pid))
+            stopped = time.monotonic_ns()
+            time.sleep(STALL_SECONDS)
+            continued = time.monotonic_ns()
+        finally:
+            os.kill(shared_server.pid, signal.SIGCONT)
+        run = running.result()
+    assert run.kept_up
+    assert (run.due_ns == [i * 10 * PERIOD_NS for i in range(len(STEPS))]).all()
+    due = run.begin_ns + run.due_ns
+    stalled = (due > stopped) & (due < continued)
+    assert stalled.sum() > 20
+    assert (run.latency_ns[stalled] >= continued - due[stalled]).all()
+    # Those due in its first half were sent while the server stood still: nothing waited for an answer.
+    early = due < (stopped + continued) // 2
+    assert (run.begin_ns + run.sent_ns[stalled & early] < continued).all()
+
+
+def test_a_run_that_ends_early_sends_nothing_after_its_end(shared: Calls, shared_server: OracleProcess) -> None:
+    """A message after the end of our side of a call is an error of the protocol."""
+    script = streams(shared, [f"load-early-{i}" for i in range(8)], STEPS * 100)
+    run = run_load(script, shared_server.target, closed=True, max_seconds=0.5)
+    assert run.end == "time"
+    assert 0 < run.answered < run.messages
+    assert (run.failed_engines, run.first_error) == (0, "")
 
 
 def test_a_server_that_refuses_a_step_is_an_error(shared: Calls, shared_server: OracleProcess) -> None:

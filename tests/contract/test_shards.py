@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 
-from oracle_calls import TIMEOUT, Calls, Stream, decode, identity, mixed_steps, reason_of
+from oracle_calls import EXPERIMENT, TIMEOUT, Calls, Stream, decode, identity, mixed_steps, reason_of
 from oracle_process import OracleProcess
-from sharded_server import events, metrics, wait_for
+from oracle_server.rpc import wire
+from sharded_server import TWO_SHARDS, events, metrics, shard_pids, wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, oracle_service_pb2_grpc
 
 Dirs = dict[str, Path]
@@ -33,6 +36,38 @@ def test_one_and_two_shards_answer_the_same(
                 stream = shard.open(engine, shard.attach(engine).incarnation)
                 assert [stream.ask(step)[0] for step in steps[:50]] == expected[:50]
                 stream.close()
+
+
+def test_the_largest_binding_of_one_request_reaches_every_shard(
+    new_server: Callable[..., OracleProcess], pack_dirs: Dirs, tmp_path: Path
+) -> None:
+    """What fits into a request of 4 MiB is larger on its way to the shards."""
+    server = new_server(listen=(f"unix:{tmp_path}/s",), arguments=TWO_SHARDS)
+    with Calls(server.targets[0]) as first, Calls(server.targets[1]) as second:
+        digest = first.upload(pack_dirs["constant"])
+        labels = {f"label-{i:02}": "x" * 36 for i in range(64)}
+        binding = experiment_pb2.Binding(default_pack_digest=digest)
+        binding.rules.extend([experiment_pb2.Rule(pack_digest=digest, labels=labels)] * 1000)
+        binding.length_table.classes.add(
+            prompt_bin_begin=range(200),
+            quantiles_per_bin=1000,
+            quantile_tokens=[float(i) for i in range(1, 1001)] * 200,
+        )
+        assert 4_000_000 < binding.ByteSize() < 4 << 20
+        assert len(msgspec.msgpack.encode(wire.read_binding(binding))) > 4 << 20
+        pids = shard_pids(server)
+        first.create(digest)
+        request = experiment_pb2.ActivateExperimentRequest(name=EXPERIMENT, binding=binding)
+        activated = first.experiments.ActivateExperiment(request, timeout=TIMEOUT)
+        assert activated.experiment.generation == 2
+        for calls in (first, second):
+            assert calls.sample(identity("e"), [decode(0)])[0].generation == 2
+        assert shard_pids(server) == pids
+    server.terminate()
+    server.start()
+    for target in server.targets:
+        with Calls(target) as calls:
+            assert calls.sample(identity("e"), [decode(0)])[0].generation == 2
 
 
 def test_every_shard_takes_every_call(shards: tuple[Calls, Calls], pack_dirs: Dirs) -> None:

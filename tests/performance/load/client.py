@@ -46,6 +46,8 @@ class LoadRun:
     messages: int
     sent: int
     answered: int
+    # Of time.monotonic_ns().
+    begin_ns: int
     steps: int
     leases: int
     pushes: int

@@ -197,6 +197,8 @@ void engine_read(struct engine *e) {
 
 void engine_close(struct engine *e) {
   if (e->gone || !e->h.call_open) return;
+  // What was due and not sent stays unsent: no message may follow the end of our side.
+  e->due = e->sent;
   http2_half_close(&e->h);
   engine_pump(e);
 }

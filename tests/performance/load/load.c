@@ -233,12 +233,12 @@ int main(int count, char **values) {
   for (char *c = run.first_error; *c; c++)
     if (*c == '"' || *c == '\\' || *c < ' ') *c = '?';
   printf("{\"end\": \"%s\", \"engines\": %u, \"failed_engines\": %u, \"first_error\": \"%s\", \"messages\": %llu, "
-         "\"sent\": %llu, \"answered\": %llu, \"steps\": %llu, \"leases\": %llu, \"pushes\": %llu, "
+         "\"sent\": %llu, \"answered\": %llu, \"begin_ns\": %lld, \"steps\": %llu, \"leases\": %llu, \"pushes\": %llu, "
          "\"window_stalls\": %llu, \"socket_stalls\": %llu, \"wall_ns\": %lld, \"last_answer_ns\": %lld, "
          "\"own_cpu_ns\": %lld, \"server_cpu_ns\": %lld, \"server_waited_ns\": %lld}\n",
          end, run.script.engines, run.failed, run.first_error, (unsigned long long)run.messages,
-         (unsigned long long)run.sent, (unsigned long long)run.answered, (unsigned long long)run.steps,
-         (unsigned long long)run.leases,
+         (unsigned long long)run.sent, (unsigned long long)run.answered, (long long)run.begin_ns,
+         (unsigned long long)run.steps, (unsigned long long)run.leases,
          (unsigned long long)run.pushes, (unsigned long long)run.window_stalls, (unsigned long long)run.socket_stalls,
          (long long)wall_ns, (long long)run.last_answer_ns, (long long)own_cpu_ns, (long long)server_cpu_ns,
          (long long)server_waited_ns);
