@@ -19,6 +19,7 @@ class ShardTask(msgspec.Struct, frozen=True):
     # Its place, 0 to N - 1, which one that follows it takes over, and the number of its process, which nobody else has.
     shard: int
     process: int
+    parent_pid: int
     listen: tuple[str, ...]
     state_dir: str
     leases: bool

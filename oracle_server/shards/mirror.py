@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from oracle_server import pack as packs
-from oracle_server.errors import Draining, OracleError, StaleGeneration
+from oracle_server.errors import Draining, OracleError, StaleGeneration, Unavailable
 from oracle_server.shards.calls import Peer, read_failure
 from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, CloseStream, EndStream, OpenStream
 from oracle_server.state import names
@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 # How long packs stay mapped that are about to be activated: those of an activation that was refused go then.
 PREPARED_SECONDS = 60.0
 PARENT_SECONDS = 10.0
+RETRY_SECONDS = (0.1, 0.5, 2.0)
 
 
 class Mirror:
@@ -151,9 +152,12 @@ class MirroredStreams:
     async def _open(self, request: OpenStream, stream: EngineStream) -> tuple[LiveExperiment, EngineRecord]:
         try:
             opened = await self._parent.call(OPEN_STREAM, request, PARENT_SECONDS)
-        except BaseException:
+        except BaseException as error:
             self._key_of.pop(stream, None)
             self._streams.pop(request.key, None)
+            if isinstance(error, Unavailable):
+                # The parent's consent may be on its way.
+                self._start(self._tell_closed(CloseStream(self._process, request.key, False, EngineCounts())))
             raise
         identity = request.identity
         record = EngineRecord(
@@ -190,12 +194,18 @@ class MirroredStreams:
         live = self._experiments.live.get(record.identity.experiment)
         if live is not None:
             live.engines.pop(str(key), None)
-        request = CloseStream(self._process, key, by_engine, record.counts)
-        try:
-            await self._parent.call(CLOSE_STREAM, request, PARENT_SECONDS)
-        except OracleError:
-            # The parent has gone, and this process with it.
-            pass
+        await self._tell_closed(CloseStream(self._process, key, by_engine, record.counts))
+
+    async def _tell_closed(self, request: CloseStream) -> None:
+        """Tell the parent until it has heard: as long as it has not, the engine's id is taken."""
+        for delay in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
+            try:
+                await self._parent.call(CLOSE_STREAM, request, PARENT_SECONDS)
+            except OracleError:
+                # It is paused or very busy. Where it has died, this process dies too.
+                await asyncio.sleep(delay)
+            else:
+                return
 
     def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Runs to its end, whatever becomes of the caller."""

@@ -37,9 +37,8 @@ async def serve_sharded(config: ServerConfig) -> int:
 
     def task_of(shard: int, process: int) -> ShardTask:
         listen, state_dir = reservation.of_shard(shard), str(config.state_dir)
-        return ShardTask(
-            shard, process, listen, state_dir, config.leases, f"unix:{socket}", f"unix:{_of_shard(socket, shard)}"
-        )
+        parent, control = f"unix:{socket}", f"unix:{_of_shard(socket, shard)}"
+        return ShardTask(shard, process, os.getpid(), listen, state_dir, config.leases, parent, control)
 
     async def total() -> Metrics:
         await pool.count()
@@ -77,12 +76,13 @@ async def serve_sharded(config: ServerConfig) -> int:
         node.experiments.drain()
         await pool.drain(config.drain_seconds)
         await server.stop(0)
+        # While the folder is ours: a successor binds the same paths as soon as it is not.
+        for path in (socket, *(_of_shard(socket, shard) for shard in range(config.shards))):
+            path.unlink(missing_ok=True)
         await node.close()
         reservation.close()
         if metrics_server is not None:
             metrics_server[0].shutdown()
-        for path in (socket, *(_of_shard(socket, shard) for shard in range(config.shards))):
-            path.unlink(missing_ok=True)
     events.info("drained", steps=sum((await total()).steps))
     await asyncio.to_thread(log_writer.close)
     return 0

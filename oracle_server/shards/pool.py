@@ -16,6 +16,7 @@ from typing import Any
 
 from oracle_server.errors import OracleError, StoreFailed, Unavailable
 from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.status import internal
 from oracle_server.rpc.step_stream import Events
 from oracle_server.shards.counts import add_counts, counts_of
 from oracle_server.shards.messages import (
@@ -39,7 +40,12 @@ from oracle_server.state.store import ExperimentRow
 JOIN_SECONDS = 120.0
 PREPARE_SECONDS = 10.0
 FOLLOW_SECONDS = 5.0
-COUNT_SECONDS = 1.0
+COUNT_SECONDS = 2.0
+# How often a shard is asked for its counts, and how many questions it may leave unanswered: a shard that hangs is
+# replaced within 8 s, before the engines' budgets (10 s) are spent. One that is only busy answers sooner: an engine has
+# a step or two under way, so what waits at a shard is short.
+WATCH_SECONDS = 1.5
+MISSES = 3
 END_SECONDS = 3.0
 REASON_SECONDS = 0.2
 # A shard that lived shorter is started again with growing delay.
@@ -135,17 +141,7 @@ class ShardPool:
         quick = 0
         while not self._draining.is_set():
             began = loop.time()
-            try:
-                process = self._shards[shard] = ShardProcess(self._task_of(shard, next(self._processes)))
-            except OSError as error:
-                pid, why = 0, f"it cannot be started: {error}"
-            else:
-                pid = process.pid
-                try:
-                    why = await self._run(process)
-                finally:
-                    process.kill()
-                    await self._bury(process)
+            pid, why = await self._live(shard)
             if self._draining.is_set():
                 return
             if not self._healthy:
@@ -154,10 +150,26 @@ class ShardPool:
             quick = quick + 1 if loop.time() - began < STEADY_SECONDS else 0
             await asyncio.sleep(DELAYS_SECONDS[min(quick, len(DELAYS_SECONDS) - 1)])
 
+    async def _live(self, shard: int) -> tuple[int, str]:
+        """From the start of a shard's process to its end: its id, and why it ended. Whatever fails, it is no more."""
+        pid = 0
+        try:
+            process = self._shards[shard] = ShardProcess(self._task_of(shard, next(self._processes)))
+            pid = process.pid
+            try:
+                return pid, await self._run(process)
+            finally:
+                process.kill()
+                await self._bury(process)
+        except OSError as error:
+            return pid, f"it cannot be started: {error}"
+        except Exception as error:  # noqa: BLE001 - its keeper goes on: nobody else would start the shard again
+            return pid, internal(f"shard {shard}", error).message
+
     async def _run(self, process: ShardProcess) -> str:
         """Why a shard has ended, once it has."""
         ending = asyncio.create_task(process.ended())
-        joining = asyncio.create_task(self._join(process))
+        joining = asyncio.create_task(self._join_and_watch(process))
         try:
             await asyncio.wait((ending, joining), return_when=asyncio.FIRST_COMPLETED)
             if not ending.done() and joining.exception() is not None:
@@ -170,6 +182,24 @@ class ShardPool:
         finally:
             joining.cancel()
             ending.cancel()
+
+    async def _join_and_watch(self, process: ShardProcess) -> None:
+        await self._join(process)
+        await self._watch(process)
+
+    async def _watch(self, process: ShardProcess) -> None:
+        """Ask a shard for its counts now and then; Unavailable where it answers no more."""
+        misses = 0
+        while not self._draining.is_set():
+            try:
+                await self._ask_counts(process, wait=True)
+            except OracleError as error:
+                misses += 1
+                if misses == MISSES:
+                    raise Unavailable(f"it hangs: {MISSES} questions in turn had no answer ({error})") from error
+            else:
+                misses = 0
+                await asyncio.sleep(WATCH_SECONDS)
 
     async def _join(self, process: ShardProcess) -> None:
         """Bring a shard to the present state and let it take connections."""
@@ -205,9 +235,12 @@ class ShardPool:
 
     async def _count(self, shard: ShardProcess) -> None:
         with suppress(OracleError):
-            report = await shard.peer.call(COUNT, None, COUNT_SECONDS)
-            shard.report = report
-            self._streams.count(shard.number, report.streams)
+            await self._ask_counts(shard)
+
+    async def _ask_counts(self, shard: ShardProcess, *, wait: bool = False) -> None:
+        report = await shard.peer.call(COUNT, None, COUNT_SECONDS, wait=wait)
+        shard.report = report
+        self._streams.count(shard.number, report.streams)
 
     async def _drain(self, shard: ShardProcess, drain_seconds: float) -> None:
         if shard.serving:

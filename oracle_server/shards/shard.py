@@ -49,7 +49,10 @@ _LIFE_LINE = 0
 
 def main(task: str) -> None:
     """Run until the parent ends."""
-    uvloop.run(Shard(msgspec.json.decode(task, type=ShardTask)).run())
+    decoded = msgspec.json.decode(task, type=ShardTask)
+    # The kernel ends this process with its parent (__main__), unless the parent was gone before.
+    if os.getppid() == decoded.parent_pid:
+        uvloop.run(Shard(decoded).run())
 
 
 class Shard:

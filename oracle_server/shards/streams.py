@@ -55,6 +55,8 @@ class ShardStreams:
         self._node = node
         self._shards: dict[int, Peer] = {}
         self._open: dict[tuple[int, int], _Open] = {}
+        # Closed before they were open here: the shard gave up waiting for consent, and the two calls may cross.
+        self._given_up: set[tuple[int, int]] = set()
 
     def add_shard(self, process: int, shard: Peer) -> None:
         """Let a process open streams."""
@@ -65,6 +67,7 @@ class ShardStreams:
         self._shards.pop(process, None)
         for place in [place for place in self._open if place[0] == process]:
             await self._close(place, by_engine=False)
+        self._given_up = {place for place in self._given_up if place[0] != process}
 
     async def find_tenant(self, tenant: str) -> None:
         """As Node.tenant."""
@@ -82,14 +85,18 @@ class ShardStreams:
         )
         place = (request.process, request.key)
         self._open[place] = _Open(record, stream)
-        if request.process not in self._shards:
+        if request.process not in self._shards or place in self._given_up:
+            self._given_up.discard(place)
             await self._close(place, by_engine=False)
-            raise Unavailable("the shard has ended meanwhile; retry")
+            raise Unavailable("the shard has ended, or given up, meanwhile; retry")
         return OpenedStream(record.incarnation, live.snapshot.generation, record.accepted_digest)
 
     async def close(self, request: CloseStream) -> None:
-        """As Attachments.close_stream."""
+        """As Attachments.close_stream; may be said more than once."""
         place = (request.process, request.key)
+        if place not in self._open:
+            self._given_up.add(place)
+            return
         self.count(request.process, {request.key: request.counts})
         await self._close(place, by_engine=request.by_engine)
 

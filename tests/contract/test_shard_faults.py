@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, Stream, decode, identity, mixed_steps, reason_of
 from oracle_process import OracleProcess
+from oracle_server.shards.messages import ShardTask
 from sharded_server import TWO_SHARDS, child_of, events, has_ended, is_healthy, metrics, shard_pids, wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, tenant_pb2
 
@@ -84,12 +87,59 @@ def test_a_shard_that_hangs_is_replaced_before_an_activation_is_acknowledged(
     shards[0].create(shards[0].upload(pack_dirs["constant"]), "hung")
     pid = shard_pids(sharded)[1]
     os.kill(pid, signal.SIGSTOP)
-    assert shards[0].activate(shards[0].upload(pack_dirs["constant20"]), name).experiment.generation == 2
+    binding = experiment_pb2.Binding(default_pack_digest=shards[0].upload(pack_dirs["constant20"]))
+    activation = experiment_pb2.ActivateExperimentRequest(name=name, binding=binding)
+    # It takes as long as a shard may take to answer, up to 15 s.
+    activated = shards[0].experiments.ActivateExperiment(activation, timeout=3 * TIMEOUT)
+    assert activated.experiment.generation == 2
     assert has_ended(pid)
     wait_for(lambda: len(shard_pids(sharded)) == 2)
     request = oracle_service_pb2.SampleStepRequest(engine=identity("e", name), steps=[decode(0)])
     answered = shards[1].oracle.SampleStep(request, timeout=TIMEOUT, wait_for_ready=True)
     assert answered.replies[0].generation == 2
+
+
+@pytest.mark.slow
+def test_a_shard_that_hangs_is_replaced_though_nobody_changes_anything(sharded: OracleProcess) -> None:
+    wait_for(lambda: len(shard_pids(sharded)) == 2)
+    pid = shard_pids(sharded)[0]
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: shard_pids(sharded).get(0, pid) != pid, 3 * TIMEOUT)
+    assert has_ended(pid)
+    why = [event["why"] for event in events(sharded) if event["event"] == "shard ended" and event["pid"] == pid]
+    assert [sentence for sentence in why if "it hangs" in str(sentence)]
+
+
+def test_a_stopped_shard_does_not_outlive_its_parent(new_server: Callable[..., OracleProcess]) -> None:
+    server = new_server(arguments=TWO_SHARDS)
+    pids = shard_pids(server)
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for(lambda: all(has_ended(pid) for pid in pids.values()), 5)
+    finally:
+        if not has_ended(pids[1]):
+            os.kill(pids[1], signal.SIGKILL)
+
+
+def test_a_shard_whose_parent_is_another_process_ends(tmp_path: Path) -> None:
+    """Its parent died before the shard could ask to end with it."""
+    task = ShardTask(0, 1, 1, (), str(tmp_path), True, f"unix:{tmp_path}/p", f"unix:{tmp_path}/p.0")
+    command = [sys.executable, "-m", "oracle_server.shards", msgspec.json.encode(task).decode()]
+    done = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sockets_are_gone_before_the_state_folder_is_free(new_server: Callable[..., OracleProcess]) -> None:
+    server = new_server(arguments=TWO_SHARDS, metrics="127.0.0.1:0")
+    assert list(server.state_dir.glob("parent.sock*"))
+    with (server.state_dir / "lock").open() as lock:
+        os.kill(server.pid, signal.SIGTERM)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever has the folder now binds these paths.
+        assert not list(server.state_dir.glob("parent.sock*"))
+    assert server.terminate() == 0
 
 
 def test_the_end_of_the_parent_is_the_end_of_its_shards(
