@@ -29,12 +29,8 @@ PROMPT_TOKENS = 16
 
 def main() -> int:
     from rich.console import Console
-    from rich.table import Table
 
-    from builders import build_composed_pack
-    from environments import REPOSITORY, VLLM_VERSIONS, vllm_environment
-    from fleet import step_oracle
-    from oracle_process import OracleProcess
+    from environments import REPOSITORY, VLLM_VERSIONS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
@@ -42,24 +38,18 @@ def main() -> int:
     parser.add_argument("--work-us", type=int, default=1000, help="Python work between handing over and the result")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    python = vllm_environment(options.vllm_version).python
-    paths = os.pathsep.join(map(str, (options.shim, options.shim / "proto")))
-    rows = []
-    with tempfile.TemporaryDirectory() as name, OracleProcess(Path(name) / "state") as oracle:
-        build_composed_pack(Path(name) / "pack", ratios=[0.9, 0.95, 1.0, 1.1] * 64, composed={"skew_decode": 0.05})
-        step_oracle("pack", "upload", f"{name}/pack", "--target", oracle.target)
-        # So short that every deadline has passed when the result is asked for.
-        create = ("create", "default", "--pack", f"{name}/pack", "--time-scale", "1e-6")
-        step_oracle("experiment", *create, "--target", oracle.target)
-        done = subprocess.run(
-            [python, "-P", __file__, "worker", oracle.target, str(options.work_us)],
-            env={**os.environ, "PYTHONPATH": paths, "VLLM_LOGGING_LEVEL": "ERROR"},
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        )
-        rows = json.loads(done.stdout.splitlines()[-1])
-    table = Table(title=f"Engine thread in our code, us per step (vLLM {options.vllm_version})")
+    rows = measure(options.vllm_version, options.shim, options.work_us)
+    Console().print(table_of(rows, options.vllm_version))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def table_of(rows: list[dict[str, Any]], version: str) -> Any:
+    """The table people read."""
+    from rich.table import Table
+
+    table = Table(title=f"Engine thread in our code, us per step (vLLM {version})", title_justify="left")
     for column in ("requests", "leases", "p50", "p90", "hand over p50", "result p50", "CPU p50", "leased"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -67,10 +57,33 @@ def main() -> int:
         table.add_row(
             str(row["requests"]), row["leases"], *(f"{figure:.1f}" for figure in figures), f"{row['leased']:.1%}"
         )
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    return 0
+    return table
+
+
+def measure(version: str, shim: Path, work_us: int) -> list[dict[str, Any]]:
+    """One row of figures per number of requests, with leases and without; the worker runs in vLLM's environment."""
+    from builders import build_composed_pack
+    from environments import vllm_environment
+    from fleet import step_oracle
+    from oracle_process import OracleProcess
+
+    python = vllm_environment(version).python
+    paths = os.pathsep.join(map(str, (shim, shim / "proto")))
+    with tempfile.TemporaryDirectory() as name, OracleProcess(Path(name) / "state") as oracle:
+        build_composed_pack(Path(name) / "pack", ratios=[0.9, 0.95, 1.0, 1.1] * 64, composed={"skew_decode": 0.05})
+        step_oracle("pack", "upload", f"{name}/pack", "--target", oracle.target)
+        # So short that every deadline has passed when the result is asked for.
+        create = ("create", "default", "--pack", f"{name}/pack", "--time-scale", "1e-6")
+        step_oracle("experiment", *create, "--target", oracle.target)
+        done = subprocess.run(
+            [python, "-P", __file__, "worker", oracle.target, str(work_us)],
+            env={**os.environ, "PYTHONPATH": paths, "VLLM_LOGGING_LEVEL": "ERROR"},
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
 
 
 class Engine:

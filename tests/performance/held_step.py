@@ -1,9 +1,10 @@
 """How well a held step is held: `make bench-held`.
 
-The oracle answers 10 ms for every step. A real engine serves `vllm bench serve` in a closed loop; its step trace says
-when each step was due and when it resolved. A bare process that only sleeps to absolute deadlines 10 ms apart runs at
-the same time, so both see the same noise of the machine. Printed per concurrency: the engine's step period, the
-client's mean TPOT, and the lateness of both, as milliseconds and as what is left after the control.
+The oracle answers 10 ms for every step. A real engine, or several beside each other (`--engines`), serves `vllm bench
+serve` in a closed loop; its step trace says when each step was due and when it resolved. A bare process that only
+sleeps to absolute deadlines 10 ms apart runs at the same time, so both see the same noise of the machine. Printed per
+concurrency: the engine's step period, the client's mean TPOT, and the lateness of both, as milliseconds and as what is
+left after the control.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ def main() -> int:
     parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
     parser.add_argument("--wait", default="hybrid", choices=("hybrid", "sleep", "spin"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCIES)
+    parser.add_argument("--engines", type=int, default=1, help="engines, each with a load of its own")
     parser.add_argument("--seconds", type=float, default=12.0, help="length of the load at each concurrency")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all concurrencies; figures are medians")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -50,52 +55,66 @@ def main() -> int:
     environment = vllm_environment(options.vllm_version)
     with tempfile.TemporaryDirectory(prefix="step-oracle-bench-") as name:
         rounds = list(options.concurrency) * options.repeat
-        rows = measure(environment, Path(name), options.wait, rounds, options.seconds)
-    show(rows, options.vllm_version, options.wait)
+        rows = measure(environment, Path(name), options.wait, rounds, options.seconds, options.engines)
+    title = f"A held step of 10 ms, vLLM {options.vllm_version}, wait mode {options.wait}, engines: {options.engines}"
+    Console(width=140).print(table_of(rows, title))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0
 
 
 def measure(
-    environment: VllmEnvironment, folder: Path, wait: str, concurrencies: list[int], seconds: float
+    environment: VllmEnvironment,
+    folder: Path,
+    wait: str,
+    concurrencies: Sequence[int],
+    seconds: float,
+    engines: int = 1,
 ) -> list[dict[str, Any]]:
-    """One row of figures per concurrency."""
+    """One row of figures per concurrency and engine."""
     model, site = write_model_dir(folder / "qwen3-8b", "qwen3-8b"), shim_site(folder / "site")
-    (folder / "traces").mkdir()
+    traces = [folder / f"traces-{number}" for number in range(engines)]
     rows = []
-    with OracleProcess(folder / "state") as oracle:
+    with OracleProcess(folder / "state") as oracle, ExitStack() as stack:
         digest = upload(oracle, folder / "pack", STEP_NS)
         step_oracle("experiment", "create", "default", "--pack", digest, "--target", oracle.target)
-        with EngineProcess(
-            environment,
-            model,
-            target=oracle.target,
-            site=site,
-            log_path=folder / "engine.log",
-            extra_args=["--served-model-name", MODEL, "--max-model-len", "4096"],
-            extra_env={"STEP_ORACLE_TRACE": f"{folder}/traces/", "STEP_ORACLE_WAIT": wait},
-        ) as engine:
+        started = []
+        for number, trace in enumerate(traces):
+            trace.mkdir()
+            engine = EngineProcess(
+                environment,
+                model,
+                target=oracle.target,
+                site=site,
+                log_path=folder / f"engine-{number}.log",
+                extra_args=["--served-model-name", MODEL, "--max-model-len", "4096"],
+                extra_env={"STEP_ORACLE_TRACE": f"{trace}/", "STEP_ORACLE_WAIT": wait},
+            )
+            started.append(stack.enter_context(engine))
+        for engine in started:
             engine.wait_ready()
-            bench = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-            bench += ["--backend", "vllm", "--base-url", engine.base_url, "--model", MODEL, "--tokenizer", str(model)]
-            bench += ["--dataset-name", "random", "--random-input-len", "64"]
-            bench += ["--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos", "--save-result", "--save-detailed"]
-            bench += ["--num-warmups", "8", "--percentile-metrics", "ttft,tpot,itl,e2el"]
-            for number, concurrency in enumerate(concurrencies, 1):
-                print(f"{number}/{len(concurrencies)}: concurrency {concurrency}", file=sys.stderr, flush=True)
-                seen = len(replies(folder / "traces"))
-                prompts = max(4, math.ceil(concurrency * seconds / (OUTPUT_TOKENS * STEP_NS * 1e-9)))
-                result = folder / f"bench-{number}.json"
-                load = ["--max-concurrency", str(concurrency), "--num-prompts", str(prompts)]
-                load += ["--result-filename", str(result)]
-                with BareSleep() as bare:
-                    done = subprocess.run(
-                        [*bench, *load], env=engine_variables(site, None), capture_output=True, text=True
-                    )
-                assert done.returncode == 0, done.stderr[-2000:]
+        bench = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        bench += ["--backend", "vllm", "--model", MODEL, "--tokenizer", str(model)]
+        bench += ["--dataset-name", "random", "--random-input-len", "64"]
+        bench += ["--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos", "--save-result", "--save-detailed"]
+        bench += ["--num-warmups", "8", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+        for number, concurrency in enumerate(concurrencies, 1):
+            print(f"{number}/{len(concurrencies)}: concurrency {concurrency}", file=sys.stderr, flush=True)
+            seen = [len(replies(trace)) for trace in traces]
+            prompts = max(4, math.ceil(concurrency * seconds / (OUTPUT_TOKENS * STEP_NS * 1e-9)))
+            bench_load = [*bench, "--max-concurrency", str(concurrency), "--num-prompts", str(prompts)]
+            results = [folder / f"bench-{number}-{engine}.json" for engine in range(engines)]
+            with BareSleep() as bare, ThreadPoolExecutor(engines) as pool:
+
+                def load(engine: EngineProcess, result: Path, command: list[str] = bench_load) -> Any:
+                    command = [*command, "--base-url", engine.base_url, "--result-filename", str(result)]
+                    return subprocess.run(command, env=engine_variables(site, None), capture_output=True, text=True)
+
+                for done in pool.map(load, started, results):
+                    assert done.returncode == 0, done.stderr[-2000:]
+            for result, trace, before in zip(results, traces, seen, strict=True):
                 client = json.loads(result.read_text())
-                rows.append(row(concurrency, client, replies(folder / "traces")[seen:], bare.lateness_ns))
+                rows.append(row(concurrency, client, replies(trace)[before:], bare.lateness_ns))
     return rows
 
 
@@ -158,9 +177,9 @@ def _sleep_on(stop: multiprocessing.synchronize.Event, sender: Any) -> None:
     sender.send(lateness)
 
 
-def show(rows: list[dict[str, Any]], version: str, wait: str) -> None:
-    """The table people read: medians over the rounds, and the ratio of the two p99 with its range."""
-    table = Table(title=f"A held step of 10 ms, vLLM {version}, wait mode {wait}")
+def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The table people read: medians over rounds and engines, and the ratio of the two p99 with its range."""
+    table = Table(title=title, title_justify="left")
     headings = (
         "conc.",
         "steps",
@@ -189,7 +208,7 @@ def show(rows: list[dict[str, Any]], version: str, wait: str) -> None:
             f"{m['bare_sleep_lateness_p50_us']:.0f} / {m['bare_sleep_lateness_p99_us']:.0f} us",
             f"{statistics.median(ratios):.2f}{spread}",
         )
-    Console(width=140).print(table)
+    return table
 
 
 if __name__ == "__main__":

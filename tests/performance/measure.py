@@ -17,6 +17,10 @@ import numpy as np
 SERVER_CORE, LOAD_CORE = 0, 1
 
 
+class NotMeasured(RuntimeError):
+    """A section cannot be measured here; the message says why."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median of some rounds, the least and the largest."""

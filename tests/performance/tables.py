@@ -110,6 +110,38 @@ def _readiness(figures: Figures) -> Iterable[Table]:
     yield table
 
 
+def _shards(figures: Figures) -> Iterable[Table]:
+    table = _table(f"Two shards beside one process, {figures['engines']} connections, one message in flight", "", "")
+    table.add_row("us per message of one process", spread(figures["us_per_message_of_one_process"]))
+    table.add_row("… of one of two shards", spread(figures["us_per_message_of_a_shard"]))
+    table.add_row("… of the other processes meanwhile", spread(figures["us_per_message_elsewhere"]))
+    table.add_row("connections of the fuller shard, %", spread(figures["share_of_the_fuller_shard"], scale=100))
+    carry = figures["two_carry"]
+    table.add_row("two shards carry, times one", f"{carry['ratio']:.2f} ({carry['low']:.2f} to {carry['high']:.2f})")
+    yield table
+
+
+def _engine_thread(figures: Figures) -> Iterable[Table]:
+    from performance.engine_thread import table_of
+
+    yield table_of(figures["rows"], figures["vllm"])
+
+
+def _held_step(figures: Figures) -> Iterable[Table]:
+    from performance.held_step import table_of
+
+    for name in ("one_engine", "two_engines"):
+        yield table_of(figures[name], f"A held step of 10 ms, vLLM {figures['vllm']}, {name.replace('_', ' ')}")
+
+
+def _lease_share(figures: Figures) -> Iterable[Table]:
+    table = _table("Steps answered without a message", "workload", "steps", "of leasable", "of all", "ceiling")
+    for row in figures["rows"]:
+        shares = (row["leased"] / row["leasable"], row["leased"] / row["steps"], row["leasable"] / row["steps"])
+        table.add_row(row["workload"], f"{row['steps']:,}", *(f"{share:.2%}" for share in shares))
+    yield table
+
+
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
@@ -124,4 +156,8 @@ _TABLES: dict[str, Callable[[Figures], Iterable[Table]]] = {
     "growth": _growth,
     "hot_swap": _hot_swap,
     "readiness": _readiness,
+    "shards": _shards,
+    "engine_thread": _engine_thread,
+    "held_step": _held_step,
+    "lease_share": _lease_share,
 }
