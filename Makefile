@@ -86,7 +86,7 @@ lease-share: setup ## Share of steps answered without a message on Azure's trace
 bench-replay: setup ## How fast measured runs are replayed, one process and several; ARGS="--repeat 3 --json FILE"
 	PYTHONPATH=tests $(RUN) tests/performance/replay_speed.py $(ARGS)
 
-bench: setup ## What a step costs the server, beside what it could cost; ARGS="--quick" or "--only kernels"
+bench: setup ## What our code costs, beside what it could cost and what is promised; ARGS="--quick" or "--only kernels"
 	PYTHONPATH=tests $(RUN) tests/performance/bench.py $(ARGS)
 
 clean-cache: ## Remove the cached environments
