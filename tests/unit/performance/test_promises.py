@@ -23,6 +23,7 @@ def spread(median: float) -> dict[str, float]:
 
 def cpu(leased: float, unleased: float, ratio: float) -> dict[str, Any]:
     costs = {cpu_per_step.LEASES: spread(leased), cpu_per_step.STREAMS: spread(unleased)}
+    costs |= {cpu_per_step.PACED_LEASES: spread(2 * leased), cpu_per_step.PACED: spread(2 * unleased)}
     return {"batch": {"us_per_step": costs, "straightforward_over": {cpu_per_step.LEASES: spread(ratio)}}}
 
 
