@@ -87,7 +87,8 @@ class OutputBuilder:
         if not self._columns:
             return None
         index_of, fillers, last = self._columns
-        sampled = [[all_[(offset + i) % SEQUENCE]] for (all_, offset), i in zip(fillers, indices, strict=True)]
+        numbers = self._tokens.numbers
+        sampled = [[own[numbers[(offset + i) % SEQUENCE]]] for (own, offset), i in zip(fillers, indices, strict=True)]
         if any(map(eq, last, indices)):
             sampled = [[self._token(state, i)] for state, i in zip(states, indices, strict=True)]
         return ModelRunnerOutput(step.request_ids, index_of, sampled)

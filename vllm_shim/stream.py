@@ -53,7 +53,8 @@ _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000,
 class PendingStep:
     """A step that waits for its answer. Written by the reader thread once, then released to the engine thread.
 
-    One with a lease is answered from it as soon as the steps before it are answered; it has no request until needed.
+    One with a lease is answered from it as soon as the steps before it are answered: on the spot, and then it has no
+    request, or in its turn.
     """
 
     __slots__ = ("_arrived", "answer_ns", "error", "lease", "reply", "request", "submit_ns")
@@ -86,8 +87,9 @@ class PendingStep:
 class OracleStream:
     """Owns the channel, the stream and the reader thread of one engine core.
 
-    Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread; the rest
-    the reader thread.
+    Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread;
+    `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may run on the
+    engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
     def __init__(self, config: ShimConfig, channel: grpc.Channel, opening: pb.StreamOpen) -> None:
@@ -103,12 +105,15 @@ class OracleStream:
         # Highest generation seen and the leases of it from this stream: none holds longer than one such pair is here.
         self._era: tuple[int, deque[step_pb2.Lease]] = (0, deque())
         self._leases, self._leases_era = LeaseTable(), self._era
+        # When the first message went out since the oracle was last heard; 0: none has. It answers every message.
+        self._unheard_since_ns = 0
         self._counts = _fresh_counts()
         self._reader = threading.Thread(target=self._read, name="step-oracle-reader", daemon=True)
         self._reader.start()
 
     def submit(self, request: step_pb2.StepRequest, lease: Any = None) -> PendingStep:
         """Engine thread: sends one step, or keeps it for its lease until its turn comes; returns at once."""
+        self._take_leases()
         step = PendingStep(request, time.monotonic_ns(), lease)
         with self._lock:
             if self._fatal is not None:
@@ -132,19 +137,36 @@ class OracleStream:
         """
         # Read before the era: what has been answered by now shows in the generation.
         waits = bool(self._pending)
+        self._take_leases()
+        key = (step.num_requests, step.context_tokens, step.max_context_tokens, step.previous_prefill_tokens)
+        lease = self._leases.find(*key)
+        now_ns = time.monotonic_ns()
+        if lease is not None and self._is_silent(now_ns):
+            lease = None
+        if lease is None or waits:
+            return self.submit(request(), lease)
+        answered = PendingStep(None, now_ns, lease)
+        answered.answer_ns = now_ns
+        answered.reply = leased_reply(lease, step_index, step.context_tokens, step.max_context_tokens)
+        return answered
+
+    def _take_leases(self) -> None:
+        """Engine thread: what has arrived goes into the table; what is of another generation or stream goes."""
         if self._era is not self._leases_era:
             self._leases_era = self._era
             self._leases.clear()
         while arrived := self._leases_era[1]:
             self._leases.take(arrived.popleft())
-        key = (step.num_requests, step.context_tokens, step.max_context_tokens, step.previous_prefill_tokens)
-        lease = self._leases.find(*key)
-        if lease is None or waits:
-            return self.submit(request(), lease)
-        answered = PendingStep(None, time.monotonic_ns(), lease)
-        answered.answer_ns = answered.submit_ns
-        answered.reply = leased_reply(lease, step_index, step.context_tokens, step.max_context_tokens)
-        return answered
+
+    def _is_silent(self, now_ns: int) -> bool:
+        """True where the oracle has said nothing for the whole budget: a lease must not hide that it is lost."""
+        since_ns = self._unheard_since_ns
+        silent_seconds = (now_ns - since_ns) * 1e-9 if since_ns else 0.0
+        if silent_seconds < self._config.budget_seconds:
+            return False
+        if self._config.on_lost == "fail":
+            self._fail(f"nothing heard in {silent_seconds:.1f} s, the budget is {self._config.budget_seconds:g} s")
+        return True
 
     def _send(self, steps: list[PendingStep]) -> None:
         for step in steps:
@@ -287,14 +309,16 @@ class OracleStream:
                 message = pb.StreamStepsRequest()
             if message is None:
                 return
-            if time.monotonic() - counted_at >= _COUNTS_EVERY_SECONDS:
+            if not message.HasField("counts") and time.monotonic() - counted_at >= _COUNTS_EVERY_SECONDS:
                 counted_at = time.monotonic()
                 message.counts.CopyFrom(self._take_counts())
+            self._unheard_since_ns = self._unheard_since_ns or time.monotonic_ns()
             yield message
 
     def _take(self, response: pb.StreamStepsResponse) -> None:
         """Reader thread: files the replies under their steps."""
         now_ns = time.monotonic_ns()
+        self._unheard_since_ns = 0
         self._see(max(response.opened.generation, response.new_generation))
         for reply in response.replies:
             with self._lock:
@@ -305,9 +329,9 @@ class OracleStream:
                     self._pending.popleft()
                     step.answer_ns = now_ns
                     step.reply = reply
-                    step.release()
                     if reply.HasField("lease") and reply.lease.generation == self._era[0]:
                         self._era[1].append(reply.lease)
+                    step.release()
                     self._answer_leased()
                     continue
             self._fail(f"answer to step {reply.step_index} while step {asked} is pending")

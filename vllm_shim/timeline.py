@@ -1,8 +1,7 @@
 """The serial GPU we pretend to have, and the Future that resolves when it would be done.
 
-No timer thread: the engine thread waits in `result()` itself. Deadlines follow the deadlines before them, never a wake-
-up, so
-lateness does not add up.
+No timer thread: the engine thread waits in `result()` itself. Deadlines follow the deadlines before them, never a
+wake-up, so lateness does not add up.
 """
 
 from __future__ import annotations
@@ -94,6 +93,9 @@ class DeadlineFuture(Future[Any]):
         if failure is not None:
             raise failure
         return output
+
+    def __repr__(self) -> str:
+        return f"<DeadlineFuture {'resolved' if self._outcome is not None else 'pending'}>"
 
 
 def resolved(value: Any) -> Future[Any]:

@@ -1,18 +1,16 @@
 """Synthetic tokens that trip nothing: no stop string, no repetition detection, no grammar.
 
 Filler tokens come in three disjoint classes, and which class comes next follows a square-free sequence over three
-letters: no
-pattern ever repeats back to back, whatever repetition detection a user enables. Fillers are plain words where the
-tokenizer has
-them; for a request with stop strings, words with the rarest letter of each stop string are left out, so none can be
-spelled.
+letters: no pattern ever repeats back to back, whatever repetition detection a user enables. Fillers are plain words
+where the tokenizer has them; for a request with stop strings, words with the rarest letter of each stop string are left
+out, so none can be spelled.
 """
 
 from __future__ import annotations
 
 import re
-from array import array
 from collections import Counter
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,12 +28,14 @@ _PRINTABLE = re.compile(r"[A-Za-z0-9]+")
 _CLASS_TOKENS = 32
 _LEAST_TOKENS = 3
 _SEARCHED_TOKENS = 20_000
-# Sequences of fillers that are kept, and the tokens in one: only an output twice as long repeats a pattern.
-_REMEMBERED = 64
-SEQUENCE = 1 << 16
+# Kept sets of fillers, one for each combination of stop strings, allowed and banned tokens.
+_REMEMBERED = 256
+# Places of the square-free sequence, and those of them where an output may begin: only an output of more than 983,040
+# tokens goes over the end, where a pattern may repeat.
+SEQUENCE = 1 << 20
+_BEGINNINGS = 1 << 16
 # Under a grammar: the character that ends things soonest comes first, so that an unbounded schema still closes. A quote
-# opens a key
-# or ends a string; inside a string brackets are content, so they come after it.
+# opens a key or ends a string; inside a string brackets are content, so they come after it.
 _CLOSERS = '"}],:{[1234567890abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_.+/()<>=!?;%&*#@'
 
 
@@ -50,17 +50,19 @@ class TokenSource:
         self.vocab_size = vocab_size
         self.usual, self._texts = _filler_words(tokenizer, vocab_size)
         self._grammar_order = _grammar_order(tokenizer)
-        self._fillers_of: dict[tuple[Any, ...], array[int]] = {}
+        # At each place of the sequence the number of a filler, for all requests.
+        self.numbers = _numbers()
+        self._fillers_of: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
     def filler(self, state: RequestState, output_index: int) -> int:
         """The request's synthetic token number `output_index`; the same for the same request key and index."""
-        return self.fillers(state)[(state.filler_offset + output_index) % SEQUENCE]
+        return self.fillers(state)[self.numbers[(state.filler_offset + output_index) % SEQUENCE]]
 
-    def fillers(self, state: RequestState) -> array[int]:
-        """The request's synthetic tokens from place `state.filler_offset` on; behind the last comes the first."""
+    def fillers(self, state: RequestState) -> tuple[int, ...]:
+        """The request's fillers by number; its output begins at place `state.filler_offset` of `numbers`."""
         if not state.fillers:
-            state.fillers = self._sequence(state.sampling)
-            state.filler_offset = text_hash(state.request_key) % SEQUENCE
+            state.fillers = self._fillers(state.sampling)
+            state.filler_offset = text_hash(state.request_key) % _BEGINNINGS
         return state.fillers
 
     def legal(self, grammar_output: GrammarOutput, step: ScheduledStep | DecodeStep) -> dict[str, int]:
@@ -86,8 +88,8 @@ class TokenSource:
             raise RuntimeError("the grammar of a request allows no token at all; vLLM should have ended the request")
         return int(legal[0])
 
-    def _sequence(self, sampling: SamplingParams) -> array[int]:
-        """Fillers that this request may see, SEQUENCE of them."""
+    def _fillers(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """What this request may see: _CLASS_TOKENS of each class, where a class has fewer some of them again."""
         stop = sampling.stop or []
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
         allowed = tuple(sampling.allowed_token_ids or ())
@@ -95,12 +97,14 @@ class TokenSource:
             token for word in (sampling.bad_words_token_ids or ()) for token in word
         )
         key = (stop_strings, allowed, banned)
-        sequence = self._fillers_of.get(key)
-        if sequence is None:
-            if len(self._fillers_of) > _REMEMBERED:
+        fillers = self._fillers_of.get(key)
+        if fillers is None:
+            if len(self._fillers_of) >= _REMEMBERED:
                 self._fillers_of.clear()
-            sequence = self._fillers_of[key] = _square_free(self._build_classes(stop_strings, allowed, banned))
-        return sequence
+            classes = self._build_classes(stop_strings, allowed, banned)
+            fillers = tuple(token for members in classes for token in islice(cycle(members), _CLASS_TOKENS))
+            self._fillers_of[key] = fillers
+        return fillers
 
     def _build_classes(
         self, stop_strings: tuple[str, ...], allowed: tuple[int, ...], banned: frozenset[int]
@@ -123,15 +127,17 @@ class TokenSource:
         return tuple(tuple(pool[k::3]) for k in range(3))
 
 
-def _square_free(classes: tuple[tuple[int, ...], ...]) -> array[int]:
-    """SEQUENCE tokens, their classes in the order of a square-free word: differences of the Thue-Morse sequence (Thue
-    1912)."""
+def _numbers() -> bytes:
+    """SEQUENCE numbers of fillers, their classes in the order of a square-free word.
+
+    The word is the differences of the Thue-Morse sequence modulo 3 (Thue 1912).
+    """
     places = np.arange(SEQUENCE + 1)
     parity = np.array([place.bit_count() % 2 for place in range(256)])
     thue_morse = parity[places & 255] ^ parity[places >> 8 & 255] ^ parity[places >> 16]
     # Knuth's multiplicative hash: the class must not decide the member.
-    members = [np.array(members)[(places[:-1] * 2654435761 >> 12) % len(members)] for members in classes]
-    return array("i", np.choose(np.diff(thue_morse) % 3, members).astype(np.int32).tobytes())
+    members = (places[:-1] * 2654435761 >> 12) % _CLASS_TOKENS
+    return (np.diff(thue_morse) % 3 * _CLASS_TOKENS + members).astype(np.uint8).tobytes()
 
 
 def _filler_words(tokenizer: Any | None, vocab_size: int) -> tuple[tuple[int, ...], dict[int, str]]:

@@ -173,7 +173,10 @@ class StepStream:
             except OracleError as error:
                 failure = error
             self._metrics.count_message(perf_counter_ns() - begin)
-        if response.replies or response.HasField("opened"):
+        elif request.HasField("counts") and not response.HasField("opened"):
+            # The engine lives from its leases: so it hears that this server does, and at which generation.
+            response.new_generation = live.snapshot.generation
+        if response.replies or response.HasField("opened") or response.new_generation:
             async with self._writing:
                 await self._context.write(response)
         if failure is not None:

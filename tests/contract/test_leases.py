@@ -236,3 +236,13 @@ def test_a_step_behind_one_that_waits_is_answered_from_a_lease_all_the_same(
         assert asked[1].lease is not None
         expected = shared.sample(identity("behind"), [decode(2)])[0]
         assert asked[1].reply == expected
+
+
+def test_counts_that_come_alone_are_answered_with_the_generation(shared: Calls) -> None:
+    stream = join(shared, "heartbeat")
+    stream.send(counts=oracle_service_pb2.ShimCounts(steps=3))
+    assert stream.receive().new_generation == stream.opened.generation
+    stream.send(steps=[decode(0)], counts=oracle_service_pb2.ShimCounts(steps=1))
+    reply = stream.receive()
+    assert (len(reply.replies), reply.new_generation) == (1, 0)
+    stream.close()

@@ -199,10 +199,19 @@ def test_a_lease_holds_at_every_edge_of_its_piece_and_not_beyond(oracles: dict[s
     low, high = lease.max_context_tokens_begin, lease.max_context_tokens_end - 1
     for context, longest in ((first, low), (first, high), (last, low), (last, high)):
         assert table.find(4, context, longest, 0) is not None
-        if longest <= context <= 4 * longest:
-            held: Any = table.find(4, context, longest, 0)
-            expected = served(plan, 9, decode_query(4, context, longest))
-            assert leased_reply(held, 9, context, longest) == expected
+    # The edges four requests can reach: the longest has a quarter of their tokens at least, and leaves three.
+    most = min(last, 4 * high)
+    reachable = [
+        (context, longest)
+        for context in (first, most)
+        for longest in (low, -(-context // 4), context - 3, high)
+        if low <= longest <= high and longest + 3 <= context <= 4 * longest
+    ]
+    assert {context for context, _ in reachable} == {first, most}
+    assert {low, high} <= {longest for _, longest in reachable}
+    for context, longest in reachable:
+        held: Any = table.find(4, context, longest, 0)
+        assert leased_reply(held, 9, context, longest) == served(plan, 9, decode_query(4, context, longest))
     for context, longest in ((first - 1, low), (last + 1, low), (first, low - 1), (first, high + 1)):
         assert table.find(4, context, longest, 0) is None
     assert table.find(5, first, low, 0) is None

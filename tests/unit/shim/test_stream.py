@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -310,3 +311,61 @@ def test_counts_go_alone_once_a_second_while_nothing_is_sent() -> None:
             time.sleep(0.05)
         assert (oracle.counts[0].leased_steps, oracle.counts[0].last_leased_step_index) == (1, 1)
         assert len(oracle.requests) == 1
+
+
+def test_the_counts_of_the_last_message_are_not_replaced_by_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An engine that stops a second and more after counts went out last.
+    monkeypatch.setattr("vllm_shim.stream._COUNTS_EVERY_SECONDS", 0.0)
+    last: SimpleQueue[pb.StreamStepsRequest | None] = SimpleQueue()
+    last.put(pb.StreamStepsRequest(counts=pb.ShimCounts(steps=6)))
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        assert next(stream._messages(last)).counts.steps == 6
+
+
+@contextmanager
+def living_from_a_lease(**changes: str) -> Iterator[tuple[OracleStream, ScriptedOracle, threading.Event]]:
+    """A stream with a lease, and its oracle, which says nothing from the first message of counts on until released."""
+    release = threading.Event()
+
+    def mute(message: pb.StreamStepsRequest, _: Any) -> None:
+        if message.HasField("counts"):
+            release.wait(20)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle:
+        oracle.before_answer = mute
+        with stream_to(oracle.target, BUDGET_SECONDS="5", **changes) as stream:
+            stream.wait(decode(stream, 0))
+            reply = stream.wait(decode(stream, 1))
+            stream.count_step(0, 0, reply)
+            end = time.monotonic() + 10
+            while not oracle.counts:
+                assert time.monotonic() < end, "no heartbeat"
+                time.sleep(0.02)
+            assert decode(stream, 2).is_answered()
+            stream._unheard_since_ns -= 6_000_000_000
+            try:
+                yield stream, oracle, release
+            finally:
+                release.set()
+
+
+def test_a_lease_does_not_hide_a_silent_server() -> None:
+    with living_from_a_lease() as (stream, _, _), pytest.raises(OracleLost, match="nothing heard in"):
+        stream.wait(decode(stream, 3))
+
+
+def test_under_hold_an_engine_with_a_lease_asks_a_silent_server_and_waits() -> None:
+    with living_from_a_lease(ON_LOST="hold") as (stream, oracle, release):
+        asked = decode(stream, 3)
+        assert not asked.is_answered()
+        release.set()
+        assert stream.wait(asked).step_index == 3
+        assert [request.step_index for request in oracle.requests] == [0, 3]
+        assert decode(stream, 4).is_answered()
+
+
+def test_leases_that_no_decode_step_looks_for_do_not_pile_up() -> None:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        for index in range(20):
+            stream.wait(stream.submit(step(index)))
+        assert len(stream._era[1]) <= 1

@@ -92,3 +92,10 @@ def test_a_deadline_in_the_past_does_not_wait(mode: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("vllm_shim.timeline.time.sleep", lambda _: pytest.fail("slept"))
     clock = Clock(mode)
     clock.wait_until(clock.now_ns() - 1)
+
+
+def test_a_future_can_be_printed_in_an_error_report() -> None:
+    future = DeadlineFuture(lambda: False, lambda: "tokens")
+    assert repr(future) == "<DeadlineFuture pending>"
+    future.result()
+    assert repr(future) == "<DeadlineFuture resolved>"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_shim.step_shape import RequestState, ScheduledRequest, ScheduledStep
-from vllm_shim.tokens import TokenSource
+from vllm_shim.tokens import SEQUENCE, TokenSource
 
 EOS = 2
 
@@ -63,6 +63,34 @@ def test_no_pattern_ever_repeats_back_to_back() -> None:
         for length in range(1, 60):
             for start in range(len(ids) - 2 * length):
                 assert ids[start : start + length] != ids[start + length : start + 2 * length]
+
+
+def test_no_pattern_repeats_wherever_an_output_begins_and_however_few_tokens_are_allowed() -> None:
+    tokens = source()
+    state = request(allowed_token_ids=[10, 11, 12])
+    tokens.fillers(state)
+    for offset in (0, (1 << 16) - 60, (1 << 16) - 1):
+        state.filler_offset = offset
+        ids = [tokens.filler(state, i) for i in range(300)]
+        for length in range(1, 100):
+            for start in range(len(ids) - 2 * length):
+                assert ids[start : start + length] != ids[start + length : start + 2 * length], (offset, length, start)
+
+
+def test_an_output_of_half_a_million_tokens_does_not_reach_the_end_of_the_sequence() -> None:
+    tokens = source()
+    for key in map(str, range(1000)):
+        state = request(key)
+        tokens.fillers(state)
+        assert state.filler_offset + 500_000 < SEQUENCE
+
+
+def test_requests_with_stop_strings_of_their_own_keep_no_sequence_each() -> None:
+    tokens = source()
+    kept = {id(tokens.fillers(request(str(i), stop=f"stop{i}"))) for i in range(600)}
+    assert len(tokens._fillers_of) <= 256
+    assert len(kept) > 100
+    assert {len(fillers) for fillers in tokens._fillers_of.values()} == {96}
 
 
 def test_the_same_key_gives_the_same_text_and_another_key_another() -> None:
