@@ -80,7 +80,8 @@ def write_requests(path: Path, requests: Sequence[tuple[int, list[int], int]]) -
 
 def write_trace(path: Path, keys: Sequence[str]) -> Path:
     """A live engine's trace in which each request was admitted alone."""
-    records = [trace_pb2.TraceRecord(header=trace_pb2.TraceHeader())]
+    records = [trace_pb2.TraceRecord()]
+    records[0].header.engine.engine_id = "live"
     for i, key in enumerate(keys):
         records.append(trace_pb2.TraceRecord())
         step = records[-1].step
