@@ -332,13 +332,14 @@ class StepOracleExecutor(Executor):
 
     def shutdown(self) -> None:
         sys.setswitchinterval(getattr(self, "_switch_interval", sys.getswitchinterval()))
+        # First: closing the stream takes time, and the line was lost when it came behind (0.33.0, seen).
+        if (summary := getattr(self, "_summary", None)) and summary.steps:
+            logger.info("step-oracle: engine %s ends after %s", self._engine.engine_id, summary)
+            self._summary = RunSummary()
         if stream := getattr(self, "_stream", None):
             stream.close()
         if trace := getattr(self, "_trace", None):
             trace.close()
-        if (summary := getattr(self, "_summary", None)) and summary.steps:
-            logger.info("step-oracle: engine %s ends after %s", self._engine.engine_id, summary)
-            self._summary = RunSummary()
 
 
 class _Step(NamedTuple):

@@ -79,13 +79,13 @@ def write_requests(path: Path, requests: Sequence[tuple[int, list[int], int]]) -
 
 
 def write_trace(path: Path, keys: Sequence[str]) -> Path:
-    """A live engine's trace in which each request was admitted alone."""
+    """A live engine's trace that admitted one request a step."""
     records = [trace_pb2.TraceRecord()]
     records[0].header.engine.engine_id = "live"
     for i, key in enumerate(keys):
         records.append(trace_pb2.TraceRecord())
         step = records[-1].step
-        step.request.step_index = 10 * i
+        step.request.step_index = i
         step.request.shape.prefill_chunks.add(num_tokens=8)
         step.request.shape.new_requests.add(request_key=key, prompt_tokens=8, max_tokens=5)
         step.reply.target_output_tokens.add()
