@@ -35,7 +35,7 @@ def test_a_defect_costs_one_process_and_not_the_shard(monkeypatch: pytest.Monkey
                 enough.set()
             raise (OSError("no memory") if process == 2 else ValueError("a defect"))
 
-        shards = ShardPool(1, task_of, log)  # type: ignore[arg-type]
+        shards = ShardPool(1, task_of, log)
         shards._healthy = True
         shards.start()
         await asyncio.wait((asyncio.create_task(enough.wait()), *shards._keepers), return_when="FIRST_COMPLETED")
