@@ -29,7 +29,7 @@ METRICS: Sequence[tuple[str, str, float | None]] = (
     ),
     ("output tokens/s", "output_throughput", 1.5),
 )
-# LLM-Emu's per_rate_deltas.csv, column by column; the workload's name comes behind them.
+# LLM-Emu's per_rate_deltas.csv, column by column; the workload's name and the plan's minutes come behind them.
 DELTAS = {
     "ttft_mean_pct": "mean_ttft_ms",
     "tpot_mean_pct": "mean_tpot_ms",
@@ -71,23 +71,26 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures of one workload."""
+    """All figures of one workload, emulated from the pack of a plan of so many minutes."""
 
     workload: Workload
     requests: int
     figures: tuple[Figure, ...]
+    plan_minutes: float
 
     def figure(self, key: str) -> Figure:
         return next(figure for figure in self.figures if figure.key == key)
 
 
-def compare(workload: Workload, real: Sequence[Mapping[str, Any]], emulated: Sequence[Mapping[str, Any]]) -> Comparison:
+def compare(
+    workload: Workload, real: Sequence[Mapping[str, Any]], emulated: Sequence[Mapping[str, Any]], plan_minutes: float
+) -> Comparison:
     """From results of `vllm bench serve`, one per run."""
     figures = tuple(
         Figure(name, key, tuple(float(run[key]) for run in real), tuple(float(run[key]) for run in emulated), bound)
         for name, key, bound in METRICS
     )
-    return Comparison(workload, int(real[0]["completed"]), figures)
+    return Comparison(workload, int(real[0]["completed"]), figures, plan_minutes)
 
 
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:
@@ -125,11 +128,12 @@ def write_deltas(path: Path, comparisons: Iterable[Comparison]) -> None:
     """The means' errors as LLM-Emu's per_rate_deltas.csv has them; a closed loop has the rate inf."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["rate", *DELTAS, "workload"])
+        writer.writerow(["rate", *DELTAS, "workload", "plan_minutes"])
         for comparison in comparisons:
             rate = comparison.workload.rate
             errors = [f"{comparison.figure(key).error_percent:.2f}" for key in DELTAS.values()]
-            writer.writerow(["inf" if math.isinf(rate) else f"{rate:g}", *errors, comparison.workload.name])
+            told = "inf" if math.isinf(rate) else f"{rate:g}"
+            writer.writerow([told, *errors, comparison.workload.name, f"{comparison.plan_minutes:g}"])
 
 
 def as_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
@@ -137,6 +141,7 @@ def as_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
     return [
         {
             "workload": {**asdict(comparison.workload), "rate": f"{comparison.workload.rate:g}"},
+            "plan_minutes": comparison.plan_minutes,
             "requests": comparison.requests,
             "figures": [
                 {

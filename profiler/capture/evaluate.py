@@ -1,4 +1,7 @@
-"""A pack against measured steps it was not made of: error by region and by run, intervals, support."""
+"""A pack against measured steps it was not made of: error by region and by run, intervals, support.
+
+Where a capture holds runs the pack was made of beside others, only the others count in the sum and in the regions.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ from profiler.capture.steps import CapturedRun, CapturedStep, read_capture
 # Answers drawn for each step: the mean is what is expected of it, the middle 90 % its interval.
 DRAWS: Final = 64
 _INTERVAL: Final = (5.0, 95.0)
+# Rank i of n draws stands for the quantile i / (n + 1), so 90 % of further draws lie between the ends. NumPy's linear
+# quantiles stand at (i - 1) / (n - 1) and of 64 draws hold 87.5 % (Hyndman and Fan 1996, definitions 6 and 7).
+_QUANTILES: Final = "weibull"
 SUPPORT_NAMES: Final = {
     SUPPORT_EXACT: "exact",
     SUPPORT_INTERPOLATED: "interpolated",
@@ -46,7 +52,10 @@ class Errors:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`held_out`: for each run, whether the pack was made without it."""
+    """`held_out`: for each run, whether the pack was made without it.
+
+    `overall` and `regions` are of the held-out runs; of all runs where none is held out.
+    """
 
     pack: str
     digest: str
@@ -70,20 +79,44 @@ def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluati
         judged = [(run, _judge(oracle, _usable(run, skip_steps))) for run in runs]
     known = " ".join(report.manifest.provenance.values())
     held_out = {run.name: run_digest(run_folder(capture, run), run.name) not in known for run in runs}
-    everything = np.concatenate([answers for _, answers in judged])
+    told = [(run, answers) for run, answers in judged if held_out[run.name]] or judged
+    everything = np.concatenate([answers for _, answers in told])
     regions: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for run, answers in judged:
+    for run, answers in told:
         for step, row in zip(_usable(run, skip_steps), answers, strict=True):
             regions[region_of(query_of(step))].append(row)
     return Evaluation(
         pack=report.manifest.name,
         digest=report.digest,
-        overall=_errors("all", everything),
+        overall=_errors(_group(held_out), everything),
         runs=tuple(_errors(run.name, answers) for run, answers in judged),
         regions=tuple(_errors(name, np.array(regions[name])) for name in sorted(regions, key=region_order)),
         held_out=held_out,
-        notes=tuple(f"{run.name}: {note}" for run in runs for note in run.notes),
+        notes=(*_cautions(held_out), *(f"{run.name}: {note}" for run in runs for note in run.notes)),
     )
+
+
+def interval_of(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """Where 90 % of further draws from the same distribution lie, whatever it is."""
+    low, high = np.percentile(drawn, _INTERVAL, method=_QUANTILES)
+    return float(low), float(high)
+
+
+def _group(held_out: Mapping[str, bool]) -> str:
+    if all(held_out.values()):
+        return "all"
+    return "held-out runs" if any(held_out.values()) else "all (in the pack)"
+
+
+def _cautions(held_out: Mapping[str, bool]) -> list[str]:
+    """What the reader of the first rows has to know."""
+    trained = [name for name, held in held_out.items() if not held]
+    if not trained:
+        return []
+    if len(trained) == len(held_out):
+        return ["no run is held out: the pack was made of these steps, and its errors say nothing about others"]
+    verb = "is" if len(trained) == 1 else "are"
+    return [f"{', '.join(trained)} {verb} in the pack: left out of the first row and of the regions"]
 
 
 def draws(oracle: Oracle, query: StepQuery, first: int) -> tuple[NDArray[np.float64], int]:
@@ -101,7 +134,7 @@ def _judge(oracle: Oracle, steps: Sequence[CapturedStep]) -> NDArray[np.float64]
     rows = np.zeros((len(steps), 5))
     for number, step in enumerate(steps):
         drawn, support = draws(oracle, query_of(step), number * DRAWS)
-        low, high = np.percentile(drawn, _INTERVAL)
+        low, high = interval_of(drawn)
         rows[number] = step.latency_ns, drawn.mean(), low, high, support
     return rows
 

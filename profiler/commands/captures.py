@@ -64,9 +64,6 @@ def evaluate_pack(
     typer.echo(f"{evaluation.pack}  {evaluation.digest}")
     heads = ("", "steps", "MAPE %", "median %", "bias %", "in 90 %", "exact / inter- / extrapolated %")
     _print_table((heads, *table_rows(evaluation)))
-    for run, held_out in evaluation.held_out.items():
-        if not held_out:
-            typer.echo(f"  {run} is in the pack: its errors say nothing about other steps")
     for note in evaluation.notes:
         typer.echo(f"  note: {note}")
 

@@ -10,7 +10,7 @@ from oracle_server.errors import InvalidArgument
 from oracle_server.pack import CompiledPack, PackReport
 from profiler.pack_summary import headline, kv_line, uncertainty_line
 from profiler.report import figures
-from profiler.report.judged import DRAWS, JudgedSteps, RegionError, is_made_of, judge, region_errors
+from profiler.report.judged import DRAWS, JudgedSteps, RegionError, judge, region_errors
 from profiler.report.measurements import Comparison, compare, read_measurement
 from profiler.report.page import Section, Table, png_of, render
 
@@ -43,7 +43,7 @@ def write_report(request: ReportRequest) -> list[Path]:
         title, facts = report.manifest.name, _facts(report)
         sections.append(_surfaces(report, compiled))
         if request.on is not None:
-            sections += _judged(judge(compiled, request.on), made_of=is_made_of(report.manifest.provenance, request.on))
+            sections += _judged(judge(compiled, request.on))
     if request.real is not None and request.emulated is not None:
         sections.append(_measured(request.real, request.emulated))
     return _write(request, render(title, facts, sections), sections)
@@ -93,14 +93,16 @@ def _surfaces(report: PackReport, compiled: CompiledPack) -> Section:
     return Section("surfaces", "Latency surfaces", text, png)
 
 
-def _judged(judged: JudgedSteps, *, made_of: bool) -> list[Section]:
+def _judged(judged: JudgedSteps) -> list[Section]:
     errors = region_errors(judged)
     count = len(judged.queries)
     caution = (
         "The pack was made of these steps, so these are residuals of its fit and say little about others."
-        if made_of
+        if judged.is_made_of
         else "The pack does not name these steps among those it was made of."
     )
+    if judged.left_out:
+        caution += f" Left out, since it was made of them: {', '.join(judged.left_out)}."
     spread = "" if count == judged.steps_in_file else f" of {judged.steps_in_file}, evenly spread,"
     return [
         Section(

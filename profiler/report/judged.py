@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,15 @@ SUPPORT_NAMES: Final = {
 
 @dataclass(frozen=True)
 class JudgedSteps:
-    """One row per step. `expected_ns` is the mean of the draws, `drawn` their ratio to it, [steps, DRAWS]."""
+    """One row per step. `expected_ns` is the mean of the draws, `drawn` their ratio to it, [steps, DRAWS].
+
+    `is_made_of`: the pack names these very steps among those it was made of. `left_out`: runs of a capture that it
+    names, left out because others are held out.
+    """
 
     name: str
+    is_made_of: bool
+    left_out: tuple[str, ...]
     steps_in_file: int
     queries: tuple[StepQuery, ...]
     regions: tuple[str, ...]
@@ -67,7 +73,8 @@ class RegionError:
 
 def judge(compiled: CompiledPack, path: Path) -> JudgedSteps:
     """Asks the pack about the steps of a table, a step trace or a capture's folder."""
-    queries, latency = _read(path)
+    found = _read(path, " ".join(compiled.manifest.provenance.values()))
+    queries, latency = found.queries, found.latency_ns
     if not queries:
         raise InvalidArgument(f"{path} holds no step with a latency", field="on")
     chosen = np.unique(np.linspace(0, len(queries) - 1, min(len(queries), MOST_STEPS)).round().astype(int))
@@ -81,6 +88,8 @@ def judge(compiled: CompiledPack, path: Path) -> JudgedSteps:
     judged = tuple(queries[number] for number in chosen)
     return JudgedSteps(
         name=path.name,
+        is_made_of=found.is_made_of,
+        left_out=found.left_out,
         steps_in_file=len(queries),
         queries=judged,
         regions=tuple(region_of(query) for query in judged),
@@ -89,18 +98,6 @@ def judge(compiled: CompiledPack, path: Path) -> JudgedSteps:
         drawn=drawn / expected[:, None],
         support=np.array([row[0].support for row in answers], dtype=np.int64),
     )
-
-
-def is_made_of(provenance: Mapping[str, str], path: Path) -> bool:
-    """Whether the pack names these very steps as what it was made of."""
-    known = " ".join(provenance.values())
-    if path.is_dir():
-        from profiler.capture.build import run_digest, run_folder
-        from profiler.capture.steps import read_capture
-
-        return any(run_digest(run_folder(path, run), run.name) in known for run in read_capture(path))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() in known
 
 
 def region_errors(judged: JudgedSteps) -> list[RegionError]:
@@ -127,13 +124,28 @@ def _error(judged: JudgedSteps, name: str, group: NDArray[np.int64]) -> RegionEr
     )
 
 
-def _read(path: Path) -> tuple[Sequence[StepQuery], NDArray[np.int64]]:
+class _Found(NamedTuple):
+    queries: Sequence[StepQuery]
+    latency_ns: NDArray[np.int64]
+    is_made_of: bool
+    left_out: tuple[str, ...]
+
+
+def _read(path: Path, known: str) -> _Found:
+    """Steps of the file, or of a capture's held-out runs where it has any; `known`: digests the pack names."""
     if path.is_dir():
+        from profiler.capture.build import run_digest, run_folder
         from profiler.capture.steps import read_capture
 
-        steps = [step for run in read_capture(path) for step in run.steps if not step.warm_up and step.latency_ns > 0]
-        return [query_of(step) for step in steps], np.array([step.latency_ns for step in steps], dtype=np.int64)
+        runs = read_capture(path)
+        held_out = [run for run in runs if run_digest(run_folder(path, run), run.name) not in known]
+        steps = [step for run in held_out or runs for step in run.steps if not step.warm_up and step.latency_ns > 0]
+        left_out = tuple(run.name for run in runs if held_out and run not in held_out)
+        latency = np.array([step.latency_ns for step in steps], dtype=np.int64)
+        return _Found([query_of(step) for step in steps], latency, not held_out, left_out)
     from profiler.hybrid_samples import read_samples
 
     samples = read_samples(path).steps
-    return list(samples.queries), samples.latency_ns
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _Found(list(samples.queries), samples.latency_ns, digest in known, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -12,8 +13,17 @@ from typing import Any
 
 import pytest
 
-from deploy.closed_loop import cores
-from deploy.closed_loop.comparison import METRICS, as_json, beyond_bounds, compare, print_comparisons, write_deltas
+from deploy.closed_loop import closed_loop, cores
+from deploy.closed_loop.comparison import (
+    METRICS,
+    Comparison,
+    as_json,
+    beyond_bounds,
+    compare,
+    print_comparisons,
+    write_deltas,
+)
+from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
 
 
@@ -27,7 +37,7 @@ POISSON = Workload("Poisson 2/s", rate=2.0)
 def test_the_error_is_that_of_means_and_the_noise_that_of_the_farthest_real_run() -> None:
     real = [result(mean_ttft_ms=90.0), result(mean_ttft_ms=100.0), result(mean_ttft_ms=110.0)]
     emulated = [result(mean_ttft_ms=101.0), result(mean_ttft_ms=105.0)]
-    figure = compare(POISSON, real, emulated).figure("mean_ttft_ms")
+    figure = compare(POISSON, real, emulated, 3.0).figure("mean_ttft_ms")
 
     assert figure.error_percent == pytest.approx(3.0)
     assert figure.noise_percent == pytest.approx(10.0)
@@ -36,19 +46,19 @@ def test_the_error_is_that_of_means_and_the_noise_that_of_the_farthest_real_run(
 
 def test_every_mean_has_a_bound_and_one_beyond_it_is_named_with_the_noise() -> None:
     real = [result(mean_tpot_ms=100.0), result(mean_tpot_ms=102.0)]
-    comparison = compare(POISSON, real, [result(mean_tpot_ms=105.0)])
+    comparison = compare(POISSON, real, [result(mean_tpot_ms=105.0)], 3.0)
 
     assert [figure.metric for figure in comparison.figures if figure.bound_percent] == [
         *("TTFT mean", "TPOT mean", "ITL mean", "E2E mean", "output tokens/s")
     ]
     assert beyond_bounds([comparison]) == ["Poisson 2/s: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)"]
-    assert beyond_bounds([compare(POISSON, real, real)]) == []
+    assert beyond_bounds([compare(POISSON, real, real, 3.0)]) == []
 
 
 def test_the_table_has_mean_p50_p90_and_p99_of_four_times_and_the_throughput(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    print_comparisons([compare(workload, [result()], [result(p99_itl_ms=150.0)]) for workload in WORKLOADS])
+    print_comparisons([compare(workload, [result()], [result(p99_itl_ms=150.0)], 3.0) for workload in WORKLOADS])
     told = capsys.readouterr().out
 
     for label in ("TTFT", "TPOT", "ITL", "E2E"):
@@ -61,19 +71,59 @@ def test_the_table_has_mean_p50_p90_and_p99_of_four_times_and_the_throughput(
 def test_errors_are_written_in_llm_emus_columns(tmp_path: Path) -> None:
     emulated = result(mean_ttft_ms=104.0, mean_tpot_ms=99.0, output_throughput=101.0)
     loop = Workload("closed loop 8", users=8)
-    write_deltas(tmp_path / "d.csv", [compare(workload, [result()], [emulated]) for workload in (POISSON, loop)])
+    compared = [compare(workload, [result()], [emulated], 3.0) for workload in (POISSON, loop)]
+    write_deltas(tmp_path / "d.csv", compared)
     with (tmp_path / "d.csv").open() as file:
         rows = list(csv.reader(file))
 
     assert rows[0] == [
-        *("rate", "ttft_mean_pct", "tpot_mean_pct", "itl_mean_pct", "e2e_mean_pct", "tps_pct", "workload")
+        *(
+            "rate",
+            "ttft_mean_pct",
+            "tpot_mean_pct",
+            "itl_mean_pct",
+            "e2e_mean_pct",
+            "tps_pct",
+            "workload",
+            "plan_minutes",
+        )
     ]
-    assert rows[1] == ["2", "4.00", "-1.00", "0.00", "0.00", "1.00", "Poisson 2/s"]
+    assert rows[1] == ["2", "4.00", "-1.00", "0.00", "0.00", "1.00", "Poisson 2/s", "3"]
     assert rows[2][0] == "inf"
 
 
+def test_errors_by_length_of_plan_are_told_in_size_and_in_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
+    def comparisons(minutes: float, *tpots: float) -> list[Comparison]:
+        return [
+            compare(workload, [result(), result(mean_tpot_ms=100.0)], [result(mean_tpot_ms=tpot)], minutes)
+            for workload, tpot in zip(QUICK_WORKLOADS, tpots, strict=True)
+        ]
+
+    short, longer = comparisons(1.0, 94.0, 102.0), comparisons(3.0, 101.0, 101.0)
+    packs = [PlanPack(minutes, Path("p"), 90.0, 500, 20, 41, 77) for minutes in (1.0, 3.0)]
+    print_errors_by_plan(packs, [*short, *longer])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    assert mean_and_largest_error(short, "tpot") == pytest.approx((4.0, -6.0))
+    assert next(row for row in rows if row[:1] == ["1"])[:8] == [
+        *("1", "500", "20/77", "41/77", "0.00", "+0.00", "4.00", "-6.00")
+    ]
+    assert next(row for row in rows if row[:1] == ["3"])[6:8] == ["1.00", "+1.00"]
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("3", (3.0,)), ("4,0.5,4,1", (0.5, 1.0, 4.0))])
+def test_lengths_of_plans_are_read_shortest_first(text: str, minutes: tuple[float, ...]) -> None:
+    assert closed_loop.read_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,-2", "inf", "nan", "one", "1,,2"])
+def test_what_is_no_list_of_minutes_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 1,2,4"):
+        closed_loop.read_minutes(text)
+
+
 def test_every_run_is_in_the_json() -> None:
-    document = json.loads(json.dumps(as_json([compare(POISSON, [result()] * 3, [result()] * 2)])))
+    document = json.loads(json.dumps(as_json([compare(POISSON, [result()] * 3, [result()] * 2, 3.0)])))
 
     assert len(document[0]["figures"]) == 17
     assert {len(figure["real"]) for figure in document[0]["figures"]} == {3}

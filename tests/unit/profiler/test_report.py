@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import captures
 from builders import build_composed_pack, build_constant_pack, build_sampled_pack
 from profiler.cli import main
 from profiler.report.figures import cdf_figure, coverage_figure, error_figure, tail_figure
@@ -335,3 +336,36 @@ def test_the_page_says_whether_the_pack_was_made_of_the_steps_it_is_judged_on(tm
         page = tmp_path / f"{name}.html"
         assert main(["report", str(tmp_path / name), "--on", str(steps), "-o", str(page)]) == 0
         assert ("The pack was made of these steps" in page.read_text(encoding="utf-8")) == made_of
+
+
+def test_of_a_capture_only_runs_the_pack_was_not_made_of_are_judged_where_there_are_any(tmp_path: Path) -> None:
+    first = captures.write_run(tmp_path / "capture", captures.steps(40))
+    digest = hashlib.sha256((first / "engine.capture").read_bytes()).hexdigest()
+    build_constant_pack(tmp_path / "pack", provenance={"run 1": f"run-001 sha256 {digest}"})
+    _, compiled = read_pack(tmp_path / "pack")
+    alone = judge(compiled, tmp_path / "capture")
+    captures.write_run(tmp_path / "capture", captures.steps(25, seed=2), number=2)
+    both = judge(compiled, tmp_path / "capture")
+
+    assert (alone.is_made_of, alone.left_out, alone.steps_in_file) == (True, (), 40)
+    assert (both.is_made_of, both.left_out, both.steps_in_file) == (False, ("run-001",), 25)
+
+
+def test_a_capture_has_a_page_and_a_timeline(tmp_path: Path) -> None:
+    """The whole commands, on a capture with two runs of which the pack knows one."""
+    first = captures.write_run(tmp_path / "capture", captures.steps(40))
+    captures.write_run(tmp_path / "capture", captures.steps(25, seed=2), number=2)
+    digest = hashlib.sha256((first / "engine.capture").read_bytes()).hexdigest()
+    build_constant_pack(tmp_path / "pack", provenance={"run 1": f"run-001 sha256 {digest}"})
+    page, timeline = tmp_path / "report.html", tmp_path / "run.json"
+
+    assert main(["report", str(tmp_path / "pack"), "--on", str(tmp_path / "capture"), "-o", str(page)]) == 0
+    assert "Left out, since it was made of them: run-001." in page.read_text(encoding="utf-8")
+    assert main(["trace", "perfetto", str(tmp_path / "capture"), "-o", str(timeline)]) == 0
+    events = json.loads(timeline.read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert len(slices) == 65
+    assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
+        *("engine run-001", "engine run-002")
+    }
+    assert slices[0]["dur"] == pytest.approx(captures.steps(1)[0].latency_ns / 1e3)
