@@ -115,6 +115,15 @@ def write_run(
     return run
 
 
+def append(run: Path, captured: Sequence[CapturedStep], *, worker_offset: int = 0) -> None:
+    """Steps at the end of a run's files, one record in each, as an engine that is running writes them."""
+    with (run / "engine.capture").open("ab") as file:
+        file.write(framed(scheduled_block([_scheduled(step) for step in captured])))
+    for path in run.glob("rank-*.capture"):
+        with path.open("ab") as file:
+            file.write(framed(_device_block(captured, worker_offset)))
+
+
 def _header(**fields: Any) -> pb.CaptureRecord:
     return pb.CaptureRecord(header=pb.CaptureHeader(version="test", **fields))
 

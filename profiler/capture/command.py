@@ -24,13 +24,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         capture = capture_command(command, options.output)
         print(f"step-oracle: capturing into {capture.run}", flush=True)
-        interrupted = _run(capture, options)
+        interrupted, failed = _run(capture, options)
         runs = read_capture(capture.run)
     except InvalidArgument as error:
         print(f"step-oracle: {error.message}", file=sys.stderr)
         return 2 if error.field == "command" else 1
     for run in runs:
         print("\n".join(summary_lines(run)))
+    if failed:
+        print(f"step-oracle: {failed}", file=sys.stderr)
+        return 1
     if interrupted:
         return 130
     return 0 if all(run.steps for run in runs) else 1
@@ -52,8 +55,8 @@ def summary_lines(run: CapturedRun) -> list[str]:
     ]
 
 
-def _run(capture: CaptureCommand, options: argparse.Namespace) -> bool:
-    """Serve until told to end, or until the plan is done; whether somebody ended the plan early.
+def _run(capture: CaptureCommand, options: argparse.Namespace) -> tuple[bool, str]:
+    """Serve until told to end, or until the plan is done; whether somebody ended the plan early, and what failed.
 
     Ctrl-C and SIGTERM end the engine first: what it has left to write is part of the capture.
     """
@@ -61,16 +64,16 @@ def _run(capture: CaptureCommand, options: argparse.Namespace) -> bool:
     try:
         with CapturedEngine(capture) as engine:
             if not options.plan:
-                engine.wait()
-                return False
+                status = engine.wait()
+                return False, f"the engine ended by itself with {status}; its output says why" if status else ""
             from profiler.capture.driver import PlanOptions, drive
 
             if not engine.wait_ready(_READY_SECONDS):
                 raise InvalidArgument("the engine ended before it was ready; its output says why", field="engine")
             drive(engine, capture.run, PlanOptions(minutes=options.minutes, target_percent=options.target))
-            return False
+            return False, ""
     except KeyboardInterrupt:
-        return bool(options.plan)
+        return bool(options.plan), ""
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -7,15 +7,15 @@ where the runs in its folder end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import random
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from oracle_server.errors import InvalidArgument
 from profiler.capture.engine import CapturedEngine
@@ -28,23 +28,24 @@ from profiler.capture.plan import (
     standard_error_percent,
     visits,
 )
-from profiler.capture.steps import PLAN_FILE, CapturedStep, RunTail, read_run
+from profiler.capture.requests import PlanRequests, RequestRefused
+from profiler.capture.steps import PLAN_FILE, CapturedStep, RunTail, read_capture
 
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-
-_SEED = 20260921
 _DECODE_STEPS = 20
 _INJECTIONS = 8
-_BACKGROUND_PROMPT = 128
 # A region that takes more of the plan's time than this is left to a longer plan.
 _DEAREST = 0.1
 # A visit ends here even if steps are missing.
 _LONGEST = 0.15
 _WARM_UP_ROUNDS = 3
 _MOST_PASSES = 4
-# Ids of ordinary tokens in any vocabulary: special ones lie at its ends.
-_FIRST_TOKEN, _LAST_TOKEN = 300, 4000
+# A region that so many visits did not reach is out of this engine's reach.
+_MOST_IN_VAIN = 2
+# Both kinds of step are worth more than the time that was asked for, but not more than so many times of it.
+_OVERTIME = 2.0
+# Writers write four times a second.
+_FIRST_STEPS_SECONDS = 10.0
+_LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -91,49 +92,60 @@ class Coverage:
     def seconds(self, visit: Visit) -> float:
         """What its prompts will take, as prompts have taken so far; 0 as long as nothing is known."""
         repeats = _INJECTIONS if visit.chunk else 1
-        tokens = visit.requests * (_BACKGROUND_PROMPT if visit.chunk else visit.context)
-        tokens += visit.chunk * visit.chunks * repeats
+        tokens = visit.requests * visit.context + visit.prompt * visit.chunks * repeats
         return tokens * self.prefill_seconds / self.prefill_tokens if self.prefill_tokens else 0.0
+
+
+class Requests(Protocol):
+    """What the driver asks of an engine: PlanRequests."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def complete(self, prompts: int, prompt_tokens: int, output_tokens: int) -> None: ...
+    async def generate(
+        self, prompts: int, prompt_tokens: int, output_tokens: int, all_generate: asyncio.Event
+    ) -> None: ...
 
 
 def drive(engine: CapturedEngine, run: Path, options: PlanOptions) -> None:
     """Visit the plan's regions until each is tight or the time is over."""
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise InvalidArgument("--plan talks to the engine with openai: pip install openai", field="command") from None
-    facts = json.loads((run / "engine.json").read_text(encoding="utf-8"))["engine"]
-    client = openai.AsyncOpenAI(base_url=f"{engine.base_url}/v1", api_key="none", max_retries=0, timeout=600)
-    driver = _Driver(client, run, _limits(facts), options, facts)
-    try:
-        asyncio.run(driver.drive())
-    except openai.OpenAIError as error:
-        raise InvalidArgument(f"the engine does not answer any more ({error}); its output says why") from None
+    path = run / "engine.json"
+    if not path.exists():
+        message = (
+            f"{engine.base_url} answers, but not the captured engine, which has not written {path}: another server has "
+            "its address; end that one, or give --port to the engine"
+        )
+        raise InvalidArgument(message, field="engine")
+    facts = json.loads(path.read_text(encoding="utf-8"))["engine"]
+    vocabulary = re.search(r"vocab=(\d+)", facts["model_shape"])
+    requests = PlanRequests(engine.base_url, engine.api_key, int(vocabulary[1]) if vocabulary else None)
+    asyncio.run(PlanDriver(requests, run, limits_of(facts), options).drive())
 
 
-class _Driver:
-    """One plan over one engine; everything runs on one event loop."""
+class PlanDriver:
+    """One plan over one engine; everything runs on one event loop.
 
-    def __init__(
-        self, client: AsyncOpenAI, run: Path, limits: EngineLimits, options: PlanOptions, facts: dict[str, Any]
-    ) -> None:
-        self._client, self._run, self._limits, self._options = client, run, limits, options
-        self._tokens = random.Random(_SEED)  # noqa: S311
-        vocabulary = re.search(r"vocab=(\d+)", facts["model_shape"])
-        self._last_token = min(_LAST_TOKEN, int(vocabulary[1]) - 100 if vocabulary else _LAST_TOKEN)
-        self._model = ""
+    Of an engine with several data-parallel ranks each is sent its share by vLLM's own balancer, and the first is
+    watched: so many times the requests are sent.
+    """
+
+    def __init__(self, requests: Requests, run: Path, limits: EngineLimits, options: PlanOptions) -> None:
+        self._requests, self._run, self._limits, self._options = requests, run, limits, options
+        self._ranks = max(1, len(list(run.glob("engine*.json"))))
         self._coverage = Coverage(visits(limits))
         self._seconds = options.minutes * 60
         self._tail = RunTail(run)
+        self._refused: set[Visit] = set()
+        self._in_vain: Counter[Visit] = Counter()
         self._begin = time.monotonic()
 
     async def drive(self) -> None:
-        self._model = (await self._client.models.list()).data[0].id
-        for run in runs_of(self._run.parent):
-            if run != self._run and (run / "engine.capture").exists():
-                self._coverage.take(read_run(run, run / "engine.capture").steps)
+        """Raises InvalidArgument where the engine fails, or where its steps do not reach the capture."""
+        await self._requests.open()
+        self._take_earlier_runs()
         known = self._coverage.tight(self._options.target_percent)
         plan = self._coverage.plan
+        self._event("plan begins", regions=len(plan), known=known, minutes=self._options.minutes)
         self._say(f"plan: {len(plan)} regions, {known} known from earlier runs, {self._options.minutes:g} minutes")
         await self._warm_up()
         self._begin = time.monotonic()
@@ -145,91 +157,122 @@ class _Driver:
         seen = sum(len(self._coverage.latencies[visit]) >= FEWEST_STEPS for visit in plan)
         self._event("plan ends", tight=tight, measured=seen, regions=len(plan))
         self._say(f"plan: {tight} of {len(plan)} regions tight, {seen} measured, {self._spent():.0f} s")
-        await self._client.close()
+        await self._requests.close()
+
+    def _take_earlier_runs(self) -> None:
+        for run in runs_of(self._run.parent):
+            if run == self._run:
+                continue
+            try:
+                earlier = read_capture(run)[0]
+            except InvalidArgument as error:
+                self._say(f"{run.name} is not taken into account: {error.message}")
+            else:
+                self._coverage.take(earlier.steps)
 
     async def _pass(self, number: int) -> bool:
         """Every region once that is not tight yet; whether another pass is worth it."""
         left = 0
         for at, visit in enumerate(self._coverage.plan, start=1):
             self._take_up()
-            known = self._coverage.latencies[visit]
-            if is_tight(known, self._options.target_percent):
+            known = len(self._coverage.latencies[visit])
+            if self._is_settled(visit):
                 continue
             left += 1
+            place = f"{number + 1}.{at}/{len(self._coverage.plan)}"
             time_left = self._seconds - self._spent()
-            if time_left <= 0 and self._coverage.makes_a_pack():
+            if time_left <= 0 and (self._coverage.makes_a_pack() or self._spent() > _OVERTIME * self._seconds):
                 return False
             dearest = _DEAREST * self._seconds
             if self._coverage.seconds(visit) > (min(dearest, time_left) if time_left > 0 else dearest):
                 self._event("left out", visit=visit.label, reason="too dear for the time left")
+                self._say(f"[{place}] {visit.label}: left out, too dear for the time left")
                 continue
             begin = time.monotonic()
             self._event("visit begins", visit=visit.label, level=visit.level)
-            await (self._mixed(visit) if visit.chunk else self._decode(visit))
+            try:
+                await (self._mixed(visit) if visit.chunk else self._decode(visit))
+            except RequestRefused as refusal:
+                self._refused.add(visit)
+                self._event("left out", visit=visit.label, reason=f"refused: {refusal}")
+                self._say(f"[{place}] {visit.label}: left out, the engine refuses it: {refusal}")
+                continue
             self._take_up()
-            self._tell(f"{number + 1}.{at}/{len(self._coverage.plan)}", visit, time.monotonic() - begin)
+            self._in_vain[visit] += len(self._coverage.latencies[visit]) == known
+            self._tell(place, visit, time.monotonic() - begin)
         return left > 0
+
+    def _is_settled(self, visit: Visit) -> bool:
+        if visit in self._refused or self._in_vain[visit] >= _MOST_IN_VAIN:
+            return True
+        return is_tight(self._coverage.latencies[visit], self._options.target_percent)
 
     async def _decode(self, visit: Visit) -> None:
         prefill_steps = -(-visit.requests * visit.context // self._limits.max_num_batched_tokens)
         room = self._limits.max_model_len - visit.context
         tokens = max(1, min(_DECODE_STEPS + prefill_steps + 2, room))
-        await asyncio.gather(*(self._request(visit.context, tokens) for _ in range(visit.requests)))
+        await self._requests.complete(visit.requests * self._ranks, visit.context, tokens)
 
     async def _mixed(self, visit: Visit) -> None:
         """Prompts beside requests that decode; those are cancelled at the end, which vLLM takes as an abort."""
-        decoding = [asyncio.Event() for _ in range(visit.requests)]
-        background = [asyncio.create_task(self._stream(event)) for event in decoding]
-        try:
-            started = asyncio.create_task(_all_set(decoding))
-            done, _ = await asyncio.wait([started, *background], return_when=asyncio.FIRST_COMPLETED)
-            started.cancel()
-            for task in done:
-                task.result()
-            begin = time.monotonic()
+        begin = time.monotonic()
+        async with self._decoding(visit):
             for _ in range(_INJECTIONS):
-                await asyncio.gather(*(self._request(visit.chunk, 1) for _ in range(visit.chunks)))
+                await self._requests.complete(visit.chunks * self._ranks, visit.prompt, 1)
                 if time.monotonic() - begin > _LONGEST * self._seconds:
                     break
+
+    @contextlib.asynccontextmanager
+    async def _decoding(self, visit: Visit) -> AsyncIterator[None]:
+        """While the visit's requests decode, where it has any."""
+        if not visit.requests:
+            yield
+            return
+        prompts, room = visit.requests * self._ranks, self._limits.max_model_len - visit.context
+        all_generate = asyncio.Event()
+        decoding = asyncio.create_task(self._requests.generate(prompts, visit.context, room, all_generate))
+        begun = asyncio.create_task(all_generate.wait())
+        try:
+            await asyncio.wait([begun, decoding], return_when=asyncio.FIRST_COMPLETED)
+            if decoding.done():
+                # It failed, or ended before the first chunk came: a model of few tokens.
+                decoding.result()
+            yield
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            begun.cancel()
+            decoding.cancel()
+            await asyncio.gather(begun, decoding, return_exceptions=True)
 
     async def _warm_up(self) -> None:
         """The first steps of a process wait for pages, caches and clocks: they are marked, and no pack holds them."""
         self._event("warm-up begins")
         limits = self._limits
-        for size in sorted({1, min(8, limits.max_num_seqs)}) * _WARM_UP_ROUNDS:
-            prompt = min(256, limits.max_model_len // 2, limits.kv_tokens // (2 * size))
-            await asyncio.gather(*(self._request(prompt, 16) for _ in range(size)))
+        try:
+            for size in sorted({1, min(8, limits.max_num_seqs)}) * _WARM_UP_ROUNDS:
+                prompt = max(1, min(256, limits.max_model_len // 2, limits.kv_tokens // (2 * size)))
+                output = max(1, min(16, limits.max_model_len - prompt))
+                await self._requests.complete(size * self._ranks, prompt, output)
+        except RequestRefused as refusal:
+            raise InvalidArgument(f"the engine refuses the plan's warm-up: {refusal}", field="engine") from None
+        await self._first_steps()
         self._event("warm-up ends")
 
-    async def _request(self, prompt_tokens: int, output_tokens: int) -> None:
-        await self._client.completions.create(
-            model=self._model,
-            prompt=self._prompt(prompt_tokens),
-            max_tokens=output_tokens,
-            extra_body={"ignore_eos": True},
-        )
+    async def _first_steps(self) -> None:
+        """Until a step of the warm-up is in every file: where none comes, none ever will."""
+        end = time.monotonic() + _FIRST_STEPS_SECONDS
+        while not self._take_up():
+            if time.monotonic() > end:
+                message = (
+                    "the engine served requests, but no step reached a rank's file: its executor does not call the "
+                    "captured worker, or the workers are on another machine"
+                )
+                raise InvalidArgument(message, field="engine")
+            await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _stream(self, first_token: asyncio.Event) -> None:
-        stream = await self._client.completions.create(
-            model=self._model,
-            prompt=self._prompt(_BACKGROUND_PROMPT),
-            max_tokens=self._limits.max_model_len - 2 * _BACKGROUND_PROMPT,
-            extra_body={"ignore_eos": True},
-            stream=True,
-        )
-        async for _ in stream:
-            first_token.set()
-
-    def _prompt(self, tokens: int) -> list[int]:
-        """Random ids: two prompts share no beginning, so the prefix cache answers none of them."""
-        return [self._tokens.randint(_FIRST_TOKEN, self._last_token) for _ in range(tokens)]
-
-    def _take_up(self) -> None:
-        self._coverage.take(self._tail.new_steps())
+    def _take_up(self) -> int:
+        steps = self._tail.new_steps()
+        self._coverage.take(steps)
+        return len(steps)
 
     def _tell(self, place: str, visit: Visit, seconds: float) -> None:
         known = self._coverage.latencies[visit]
@@ -238,7 +281,8 @@ class _Driver:
             error = standard_error_percent(known)
             told = f"{len(known)} steps, {sorted(known)[len(known) // 2]:.3f} ms +- {error:.2f} %"
         left = max(0.0, self._seconds - self._spent())
-        self._event("visit ends", visit=visit.label, steps=len(known), seconds=round(seconds, 2))
+        tight = is_tight(known, self._options.target_percent)
+        self._event("visit ends", visit=visit.label, steps=len(known), seconds=round(seconds, 2), tight=tight)
         self._say(f"[{place}] {visit.label}: {told}; {seconds:.1f} s, at most {left / 60:.1f} min left")
 
     def _event(self, event: str, **details: Any) -> None:
@@ -253,12 +297,7 @@ class _Driver:
         print(f"step-oracle: {line}", flush=True)
 
 
-async def _all_set(events: Sequence[asyncio.Event]) -> None:
-    for event in events:
-        await event.wait()
-
-
-def _limits(facts: dict[str, Any]) -> EngineLimits:
+def limits_of(facts: dict[str, Any]) -> EngineLimits:
     return EngineLimits(
         max_num_seqs=facts["max_num_seqs"],
         max_num_batched_tokens=facts["max_num_batched_tokens"],

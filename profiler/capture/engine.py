@@ -21,6 +21,8 @@ class CapturedEngine:
 
     def __init__(self, command: CaptureCommand) -> None:
         self.base_url = _base_url(command.arguments)
+        # The first of the keys the engine takes; one that takes no key takes any.
+        self.api_key = _value(command.arguments, "--api-key") or command.environment.get("VLLM_API_KEY") or "none"
         try:
             self._process = subprocess.Popen(command.arguments, env=dict(command.environment), stdin=subprocess.DEVNULL)
         except OSError as error:

@@ -12,17 +12,26 @@ from profiler.capture.steps import CapturedStep
 FEWEST_STEPS = 8
 # A mean over fewer octaves of context is one measurement; over more it is several.
 _OCTAVE = 0.5
+# What decodes beside a chunk grows while chunks come, and decides less of the step.
+_BESIDE_OCTAVE = 1.0
 _LEAST_CONTEXT = 64
 _LONG_GROWTH = 4
-# Shares of the KV cache and of the model's length that a visit may fill.
+# A longest context this much beyond the one before it is visited too.
+_WORTH_ANOTHER = 1.5
+# Context of what decodes beside a chunk, where not the context is of interest.
+_BESIDE_CONTEXT = 128
+# Shares of the KV cache and of the model's length that a visit may fill: the rest is for the tokens it generates.
 _KV_SHARE = 0.8
+_LENGTH_SHARE = 0.9
+# Of the batch sizes beside which chunks are visited every so many get the rarer kinds of chunk too.
+_FEW = 3
 # Batch sizes visited around each graph size; more of them would only be neighbours.
 _GRAPH_SIZES = 12
 
 
 class Visit(NamedTuple):
-    """One region. Without a chunk: decode steps of `requests` with about `context` tokens each; with one: `chunks`
-    prompts of `chunk` tokens beside `requests` that decode."""
+    """One region. Without a chunk: decode steps of `requests` with about `context` tokens each; with one: chunks of
+    `chunk` tokens of `chunks` prompts, `before` tokens of each computed, beside `requests` that decode."""
 
     requests: int
     context: int
@@ -30,23 +39,37 @@ class Visit(NamedTuple):
     chunks: int = 0
     # 0: the coarse grid, larger: between.
     level: int = 0
+    before: int = 0
 
     @property
     def label(self) -> str:
         if not self.chunk:
             return f"decode {self.requests} x {self.context}"
-        return f"prefill {self.chunks} x {self.chunk} beside {self.requests}"
+        after = f" after {self.before}" if self.before else ""
+        beside = f" beside {self.requests} x {self.context}" if self.requests else ""
+        return f"prefill {self.chunks} x {self.chunk}{after}{beside}"
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt whose chunk is of interest."""
+        return self.before + self.chunk
 
     def holds(self, step: CapturedStep) -> bool:
         """Whether a step is a measurement of this region."""
         if not self.chunk:
             if step.chunk_tokens or step.num_decode_requests != self.requests:
                 return False
-            return abs(math.log2(step.decode_context_tokens / self.requests / self.context)) <= _OCTAVE
+            return _is_near(step.decode_context_tokens / self.requests, self.context, _OCTAVE)
         if len(step.chunk_tokens) != self.chunks:
             return False
         near = abs(sum(step.chunk_tokens) - self.chunk * self.chunks) <= 0.1 * self.chunk * self.chunks
-        return near and abs(step.num_decode_requests - self.requests) <= 0.25 * self.requests
+        if not near or not all(_is_near(context, self.before, _OCTAVE) for context in step.chunk_context):
+            return False
+        if not self.requests:
+            return not step.num_decode_requests
+        if abs(step.num_decode_requests - self.requests) > 0.25 * self.requests:
+            return False
+        return _is_near(step.decode_context_tokens / step.num_decode_requests, self.context, _BESIDE_OCTAVE)
 
 
 @dataclass(frozen=True)
@@ -59,27 +82,65 @@ class EngineLimits:
     kv_tokens: int
     graph_capture_sizes: tuple[int, ...] = ()
 
+    @property
+    def longest_prompt(self) -> int:
+        """A prompt leaves room for the one token it is sent for: vLLM refuses one that does not."""
+        return self.max_model_len - 1
+
 
 def visits(limits: EngineLimits) -> list[Visit]:
     """The plan: levels in order; within one, decode and mixed regions take turns, cheap ones first."""
-    batches = batch_sizes(limits)
-    found = []
-    for number, (requests, level) in enumerate(batches):
-        longest = min(limits.max_model_len // 2, int(_KV_SHARE * limits.kv_tokens) // requests)
-        for place, context in enumerate(_contexts(longest)):
-            found.append(Visit(requests, context, level=level + (place + number) % 2))
-    budget = limits.max_num_batched_tokens
-    beside = [0, *(requests for requests, level in batches if level == 0)]
-    for number, requests in enumerate(beside):
-        for place, (chunk, chunks) in enumerate(_chunks(budget - requests, limits.max_model_len)):
-            if requests + chunks <= limits.max_num_seqs:
-                found.append(Visit(requests, 2 * _LEAST_CONTEXT, chunk, chunks, level=(place + number) % 2))
+    found = [*_decode_visits(limits), *_mixed_visits(limits)]
     by_level: list[Visit] = []
     for level in sorted({visit.level for visit in found}):
         decode = sorted((v for v in found if v.level == level and not v.chunk), key=cost)
         mixed = sorted((v for v in found if v.level == level and v.chunk), key=cost)
         by_level += _interleaved(decode, mixed)
     return by_level
+
+
+def _decode_visits(limits: EngineLimits) -> Iterable[Visit]:
+    for number, (requests, level) in enumerate(batch_sizes(limits)):
+        longest = min(int(_LENGTH_SHARE * limits.max_model_len), int(_KV_SHARE * limits.kv_tokens) // requests)
+        contexts = list(_contexts(longest))
+        for place, context in enumerate(contexts):
+            yield Visit(requests, context, level=level + (place + number) % 2)
+        if longest >= _WORTH_ANOTHER * (contexts[-1] if contexts else 0) and longest > 0:
+            yield Visit(requests, longest, level=2)
+
+
+def _mixed_visits(limits: EngineLimits) -> Iterable[Visit]:
+    """Chunks that begin a prompt beside every power of two, then chunks further on in one, then longer contexts."""
+    usual = min(_BESIDE_CONTEXT, limits.max_model_len // 2)
+    beside = [0, *(requests for requests, level in batch_sizes(limits) if level == 0)]
+    planned: list[Visit] = []
+    for number, requests in enumerate(beside):
+        share = limits.max_num_batched_tokens - requests
+        context = usual if requests else 0
+        planned += (
+            Visit(requests, context, chunk, chunks, level=(place + number) % 2)
+            for place, (chunk, chunks) in enumerate(_chunks(share, limits.longest_prompt))
+        )
+        if number % _FEW == 0:
+            planned += _rarer_chunks(limits, requests, context)
+    for visit in planned:
+        fits = cost(visit) <= _KV_SHARE * limits.kv_tokens and visit.prompt <= limits.longest_prompt
+        if fits and visit.chunk > 0 and visit.requests + visit.chunks <= limits.max_num_seqs:
+            yield visit
+
+
+def _rarer_chunks(limits: EngineLimits, requests: int, context: int) -> Iterable[Visit]:
+    """Chunks with tokens of their prompt before them, and chunks beside longer contexts."""
+    share = limits.max_num_batched_tokens - requests
+    # The scheduler gives a prompt all that a step has left, so what is computed before is a multiple of that.
+    for before in _doubled(share, limits.longest_prompt):
+        level = 2 if requests else int(before > share)
+        for chunk in sorted({max(1, share // 4), share}):
+            yield Visit(requests, context, chunk, 1, level=level, before=before)
+    for longer in _contexts(limits.max_model_len // 2) if requests else ():
+        if longer > 2 * _BESIDE_CONTEXT:
+            for chunk in sorted({min(64, share), share}):
+                yield Visit(requests, longer, chunk, 1, level=2)
 
 
 def batch_sizes(limits: EngineLimits) -> list[tuple[int, int]]:
@@ -99,7 +160,7 @@ def batch_sizes(limits: EngineLimits) -> list[tuple[int, int]]:
 
 def cost(visit: Visit) -> int:
     """Prompt tokens a visit computes: what makes it dear."""
-    return visit.requests * visit.context + visit.chunk * visit.chunks
+    return visit.requests * visit.context + visit.prompt * visit.chunks
 
 
 def standard_error_percent(latencies: Sequence[float]) -> float:
@@ -125,17 +186,29 @@ def _contexts(longest: int) -> Iterable[int]:
         context *= _LONG_GROWTH
 
 
-def _chunks(budget: int, longest: int) -> Iterable[tuple[int, int]]:
-    """(tokens, prompts): one prompt from 16 tokens to the step's budget, several that share it, one longer than it."""
-    chunk = 16
-    while chunk < budget:
+def _chunks(share: int, longest: int) -> Iterable[tuple[int, int]]:
+    """(tokens, prompts): one prompt from 16 tokens to all that a step has left, several that share it."""
+    most, chunk = min(share, longest), 16
+    while chunk < most:
         yield chunk, 1
         chunk *= 2
-    yield min(budget, longest // 2), 1
+    yield most, 1
     for prompts in (2, 4):
-        for chunk in (64, budget // prompts):
-            if chunk >= 16 and chunk * prompts <= budget:
+        for chunk in sorted({64, share // prompts}):
+            if 16 <= chunk <= longest and chunk * prompts <= share:
                 yield chunk, prompts
+
+
+def _doubled(least: int, most: int) -> Iterable[int]:
+    while 0 < least < most:
+        yield least
+        least *= 2
+
+
+def _is_near(value: float, wanted: float, octaves: float) -> bool:
+    if not value or not wanted:
+        return value == wanted
+    return abs(math.log2(value / wanted)) <= octaves
 
 
 def _interleaved(first: Sequence[Visit], second: Sequence[Visit]) -> list[Visit]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,15 @@ PLAN_FILE = "plan.jsonl"
 # Workers and scheduler count steps from one beginning; more than this between them is no delay but another run.
 _MOST_OFFSET = 64
 _LOOKED_AT = 512
+_ENOUGH_TO_ALIGN = 16
 
 
 class CapturedStep(NamedTuple):
-    """One step, from the scheduler and all ranks. Times in nanoseconds of CLOCK_MONOTONIC."""
+    """One step, from the scheduler and all ranks. Times in nanoseconds of CLOCK_MONOTONIC.
+
+    Of several ranks the device's times are those of the one that was busy longest: collectives bind them, so that is
+    how long the step took. Ends of different ranks are not compared: their clocks drift apart (device_times.py).
+    """
 
     step_index: int
     chunk_tokens: tuple[int, ...]
@@ -82,13 +87,25 @@ class CapturedRun:
 
 
 def read_capture(folder: Path) -> list[CapturedRun]:
-    """All runs of a capture folder, or the one run that `folder` is. Raises InvalidArgument saying what is missing."""
+    """All runs of a capture folder, or the one run that `folder` is. Raises InvalidArgument saying what is missing.
+
+    A run that cannot be read, of an engine that was killed while it started, is left out: a note of the first run says
+    so.
+    """
     runs = runs_of(folder) or [folder]
-    found = [read_run(run, scheduler) for run in runs for scheduler in sorted(run.glob("engine*.capture"))]
+    found, unreadable = [], []
+    for run in runs:
+        for scheduler in sorted(run.glob("engine*.capture")):
+            try:
+                found.append(read_run(run, scheduler))
+            except InvalidArgument as error:
+                unreadable.append(f"{run.name} is left out: {error.message}")
     if not found:
-        raise InvalidArgument(
-            f"{folder} holds no run-*/engine.capture: it is no capture, or the engine never started", field="capture"
+        reason = "; ".join(unreadable) or (
+            f"{folder} holds no run-*/engine.capture: it is no capture, or the engine never started"
         )
+        raise InvalidArgument(reason, field="capture")
+    found[0] = replace(found[0], notes=(*found[0].notes, *unreadable))
     return found
 
 
@@ -104,8 +121,12 @@ def read_run(run: Path, scheduler: Path) -> CapturedRun:
     notes = [f"{file.path.name}: {file.cut_bytes} bytes cut, {file.reason}" for file in files if file.cut_bytes]
     scheduled = _scheduled(files[0])
     ranks = [_device_steps(file) for file in files[1:]]
+    facts = _facts(run / f"engine{suffix}.json")
+    expected = facts.get("engine", {}).get("tensor_parallel_size", 1)
     if not ranks:
         notes.append("no rank wrote a file, so no step has a latency")
+    elif len(ranks) < expected:
+        notes.append(f"{len(ranks)} of {expected} ranks wrote a file here: the others' times are not known")
     ranks = [_aligned(scheduled, rank, file.path.name, notes) for rank, file in zip(ranks, files[1:], strict=True)]
     warm_up = _warm_up_phases(run)
     steps, unmatched = [], 0
@@ -121,7 +142,7 @@ def read_run(run: Path, scheduler: Path) -> CapturedRun:
     return CapturedRun(
         name=run.name + suffix,
         steps=tuple(steps),
-        engine=_facts(run / f"engine{suffix}.json"),
+        engine=facts,
         ranks=tuple(_facts(path.with_suffix(".json")) for path in workers),
         timing=timing.removeprefix("CAPTURE_TIMING_").lower(),
         overhead=_overhead(files[0], files[1:], steps),
@@ -132,8 +153,8 @@ def read_run(run: Path, scheduler: Path) -> CapturedRun:
 class RunTail:
     """Reads a run that is still written: each call of `new_steps` joins what came since the last. One thread.
 
-    Steps that are not in every file yet wait for the next call. Scheduler and workers have to count alike; of several
-    data-parallel ranks it follows the first.
+    Steps that are not in every file yet wait for the next call; nothing comes before so many are there that scheduler
+    and workers can be told to count alike, or how far apart. Of several data-parallel ranks it follows the first.
     """
 
     def __init__(self, run: Path) -> None:
@@ -141,6 +162,7 @@ class RunTail:
         self._scheduled: dict[int, _Scheduled] = {}
         workers = (path for path in sorted(run.glob("rank-*.capture")) if "-dp" not in path.stem)
         self._ranks: dict[Path, dict[int, _Device]] = {path: {} for path in workers}
+        self._ahead: dict[Path, int] = {}
         self._offsets: dict[Path, int] = {}
 
     def new_steps(self) -> list[CapturedStep]:
@@ -150,14 +172,18 @@ class RunTail:
         for path, rank in self._ranks.items():
             for record in self._new_records(path):
                 rank |= {step.step_index: (record.device.base_ns, step) for step in record.device.steps}
+            if path not in self._ahead and min(len(self._scheduled), len(rank)) >= _ENOUGH_TO_ALIGN:
+                self._ahead[path] = _ahead(self._scheduled, rank)
+        if not self._ranks or len(self._ahead) < len(self._ranks):
+            return []
         warm_up, joined = _warm_up_phases(self._run), []
         for index in sorted(self._scheduled):
-            if any(index not in rank for rank in self._ranks.values()):
+            if any(index + self._ahead[path] not in rank for path, rank in self._ranks.items()):
                 continue
-            found = [rank.pop(index) for rank in self._ranks.values()]
-            base, scheduled = self._scheduled.pop(index)
-            if all(step.total_tokens == _total(scheduled) for _, step in found):
-                joined.append(_joined(base, scheduled, found, warm_up))
+            found = [rank.pop(index + self._ahead[path]) for path, rank in self._ranks.items()]
+            scheduled = self._scheduled.pop(index)
+            if all(_is_same(scheduled, device) for device in found):
+                joined.append(_joined(*scheduled, found, warm_up))
         return joined
 
     def _new_records(self, path: Path) -> Sequence[pb.CaptureRecord]:
@@ -187,26 +213,38 @@ def _aligned(
     scheduled: Mapping[int, _Scheduled], rank: dict[int, _Device], name: str, notes: list[str]
 ) -> dict[int, _Device]:
     """The rank's steps by the scheduler's index: both count from 0, unless something else called the worker too."""
-    tokens = {index: _total(step) for index, (_, step) in list(scheduled.items())[:_LOOKED_AT]}
+    ahead = _ahead(scheduled, rank)
+    if ahead:
+        notes.append(f"{name} counts its steps {ahead} away from the scheduler")
+    return {
+        index: rank[index + ahead]
+        for index, step in scheduled.items()
+        if index + ahead in rank and _is_same(step, rank[index + ahead])
+    }
+
+
+def _ahead(scheduled: Mapping[int, _Scheduled], rank: Mapping[int, _Device]) -> int:
+    """How far the rank's count is ahead of the scheduler's: where most of the first steps fit."""
+    first = list(scheduled.items())[:_LOOKED_AT]
     fits: Counter[int] = Counter()
     for offset in range(-_MOST_OFFSET, _MOST_OFFSET + 1):
-        fits[offset] = sum(
-            index + offset in rank and rank[index + offset][1].total_tokens == total for index, total in tokens.items()
-        )
-    best = max(fits, key=lambda offset: (fits[offset], -abs(offset)))
-    if best:
-        notes.append(f"{name} counts its steps {best} away from the scheduler")
-    return {
-        index: rank[index + best]
-        for index, (_, step) in scheduled.items()
-        if index + best in rank and rank[index + best][1].total_tokens == _total(step)
-    }
+        fits[offset] = sum(index + offset in rank and _is_same(step, rank[index + offset]) for index, step in first)
+    return max(fits, key=lambda offset: (fits[offset], -abs(offset)))
+
+
+def _is_same(scheduled: _Scheduled, device: _Device) -> bool:
+    """Whether a worker's call can be this step: as many tokens, between its dispatch and its result."""
+    (base, step), (device_base, call) = scheduled, device
+    entry_ns = device_base + call.entry_ns
+    is_within = base + step.dispatch_ns <= entry_ns <= base + step.result_ns
+    return is_within and call.total_tokens == _total(step)
 
 
 def _joined(
     base: int, step: pb.ScheduledStep, found: Sequence[_Device], warm_up: Sequence[tuple[int, int]]
 ) -> CapturedStep:
     shape, dispatch_ns = step.shape, base + step.dispatch_ns
+    rank_base, longest = max(found, key=lambda each: each[1].end_ns - each[1].start_ns)
     return CapturedStep(
         step_index=step.step_index,
         chunk_tokens=tuple(chunk.num_tokens for chunk in shape.prefill_chunks),
@@ -219,9 +257,8 @@ def _joined(
         num_new_requests=len(shape.new_requests),
         generated_tokens=step.generated_tokens,
         dispatch_ns=dispatch_ns,
-        # Collectives bind the ranks: a step begins with the first and ends with the last of them.
-        device_start_ns=min(start + rank.start_ns for start, rank in found),
-        device_end_ns=max(start + rank.end_ns for start, rank in found),
+        device_start_ns=rank_base + longest.start_ns,
+        device_end_ns=rank_base + longest.end_ns,
         result_ns=base + step.result_ns,
         was_idle=all(rank.was_idle for _, rank in found),
         warm_up=any(begin <= dispatch_ns < end for begin, end in warm_up),
@@ -233,7 +270,8 @@ def _total(step: pb.ScheduledStep) -> int:
 
 
 def _overhead(scheduler: CaptureFile, workers: Sequence[CaptureFile], steps: Sequence[CapturedStep]) -> Overhead:
-    """Per step; step time is dispatch to result. Ranks work side by side: the slowest one's hooks count."""
+    """Per step; its time is the device's, since dispatch to result spans about two steps under asynchronous scheduling.
+    Ranks work side by side: the slowest one's hooks count."""
 
     def of(file: CaptureFile) -> tuple[float, float]:
         blocks = [record.scheduled if record.HasField("scheduled") else record.device for record in file.records]
@@ -243,7 +281,7 @@ def _overhead(scheduler: CaptureFile, workers: Sequence[CaptureFile], steps: Seq
 
     each = [of(file) for file in workers] or [(0.0, 0.0)]
     hooks, writer = of(scheduler)
-    step_us = sum(step.result_ns - step.dispatch_ns for step in steps) / max(1, len(steps)) / 1e3
+    step_us = sum(step.latency_ns for step in steps) / max(1, len(steps)) / 1e3
     return Overhead(hooks, max(hook for hook, _ in each), writer + max(cpu for _, cpu in each), step_us)
 
 

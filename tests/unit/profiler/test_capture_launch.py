@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import captures
 from oracle_server.errors import InvalidArgument
 from profiler.capture import capture_arguments, capture_command
 from profiler.capture.engine import CapturedEngine
@@ -96,6 +97,29 @@ def test_a_capture_that_is_told_to_end_ends_its_engine(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
     assert capture.returncode == 1
     assert "the engine never started" in said
+
+
+def test_an_engine_that_ends_by_itself_is_told_after_what_it_has_left(tmp_path: Path) -> None:
+    """A stand-in that leaves a capture of five steps and crashes."""
+    captures.write_run(tmp_path / "made", captures.steps(5))
+    engine = (
+        "import os, shutil, sys; "
+        f"shutil.copytree({str(tmp_path / 'made' / 'run-001')!r}, os.environ['{CAPTURE}'], dirs_exist_ok=True); "
+        "sys.exit(7)"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "profiler.cli", "capture", "-o", str(tmp_path / "capture")),
+            *("--", sys.executable, "-c", engine),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 1
+    assert "5 steps" in done.stdout
+    assert "ended by itself with 7" in done.stderr
 
 
 def test_the_command_line_refuses_what_it_cannot_do(tmp_path: Path) -> None:

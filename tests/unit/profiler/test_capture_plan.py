@@ -16,7 +16,14 @@ GRAPHS = (1, 2, 4, *range(8, 513, 8))
 LARGE = EngineLimits(1024, 8192, 40_960, 400_000, GRAPHS)
 
 
-@pytest.mark.parametrize("limits", [SMALL, LARGE, EngineLimits(1, 16, 128, 256), EngineLimits(3, 64, 256, 400)])
+# A model shorter than the step's budget, as many are.
+SHORT = EngineLimits(256, 8192, 4096, 500_000)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [SMALL, LARGE, SHORT, EngineLimits(1, 16, 128, 256), EngineLimits(3, 64, 256, 400), EngineLimits(64, 64, 40, 4096)],
+)
 def test_no_visit_asks_for_more_than_the_engine_has(limits: EngineLimits) -> None:
     plan = visits(limits)
 
@@ -25,7 +32,8 @@ def test_no_visit_asks_for_more_than_the_engine_has(limits: EngineLimits) -> Non
         assert visit.requests + visit.chunks <= limits.max_num_seqs
         assert visit.requests * visit.context <= limits.kv_tokens
         assert visit.context <= limits.max_model_len
-        assert visit.chunk <= limits.max_model_len
+        # vLLM refuses a prompt that leaves no room for the token it is sent for.
+        assert (visit.prompt if visit.chunk else visit.context) < limits.max_model_len
         assert visit.chunk * visit.chunks + visit.requests <= limits.max_num_batched_tokens
         assert visit.requests or visit.chunks
 
@@ -34,9 +42,30 @@ def test_both_kinds_of_step_long_contexts_and_every_power_of_two_are_visited() -
     plan = visits(SMALL)
 
     assert {visit.requests for visit in plan if not visit.chunk} >= {1, 2, 3, 4, 8, 16, 24, 32, 48, 64}
-    assert max(visit.context for visit in plan if visit.requests == 1) == 1024
+    assert max(visit.context for visit in plan if visit.requests == 1) == 3686
     assert {visit.chunks for visit in plan if visit.chunk and visit.requests} == {1, 2, 4}
     assert any(visit.chunk + visit.requests == 512 for visit in plan)
+
+
+def test_chunks_further_on_in_a_prompt_and_beside_longer_contexts_are_visited() -> None:
+    further = {(visit.requests, visit.chunk, visit.before) for visit in visits(SMALL) if visit.before}
+
+    assert {(0, 512, 512), (0, 512, 1024), (0, 128, 2048), (4, 508, 508)} <= further
+    assert {visit.context for visit in visits(SMALL) if visit.chunk and visit.requests} == {128, 1024}
+    assert not any(visit.before for visit in visits(SHORT)), "no prompt is longer than a step"
+
+
+def test_a_chunk_counts_where_its_prompt_and_what_decodes_beside_it_are_as_long() -> None:
+    made = next(step for step in captures.steps(40) if step.chunk_tokens)._replace(
+        chunk_tokens=(508,), chunk_context=(508,), num_decode_requests=4, decode_context_tokens=4 * 130
+    )
+
+    assert Visit(4, 128, 508, 1, before=508).holds(made)
+    assert Visit(4, 128, 508, 1, before=600).holds(made)
+    assert not Visit(4, 128, 508, 1).holds(made)
+    assert not Visit(4, 128, 508, 1, before=1016).holds(made)
+    assert not Visit(4, 1024, 508, 1, before=508).holds(made)
+    assert not Visit(0, 0, 508, 1, before=508).holds(made)
 
 
 def test_both_sides_of_graph_sizes_are_visited() -> None:

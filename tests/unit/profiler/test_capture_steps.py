@@ -99,6 +99,90 @@ def test_a_run_that_is_still_written_is_read_as_it_grows(tmp_path: Path) -> None
     assert sum(bool(steps) for steps in came) > 2
 
 
+def test_a_step_of_several_ranks_takes_as_long_as_the_slowest_whatever_their_clocks_say(tmp_path: Path) -> None:
+    """The second rank's clock has drifted by half a millisecond: ends of two ranks are not compared."""
+    made = captures.steps(40)
+    run = captures.write_run(tmp_path, made, ranks=2)
+    drifted = [
+        step._replace(
+            device_start_ns=step.device_start_ns + 500_000, device_end_ns=step.device_end_ns + 500_000 + 7 * (at % 2)
+        )
+        for at, step in enumerate(made)
+    ]
+    other = captures.write_run(tmp_path / "other", drifted)
+    (other / "rank-0.capture").rename(run / "rank-1.capture")
+    steps = read_capture(tmp_path)[0].steps
+
+    assert [step.latency_ns for step in steps] == [step.latency_ns + 7 * (at % 2) for at, step in enumerate(made)]
+
+
+def test_a_run_with_fewer_files_than_ranks_says_so(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(20), engine={"tensor_parallel_size": 2})
+
+    assert read_capture(tmp_path)[0].notes == ("1 of 2 ranks wrote a file here: the others' times are not known",)
+
+
+def test_data_parallel_ranks_are_runs_of_their_own(tmp_path: Path) -> None:
+    first, second = captures.steps(20), captures.steps(30, seed=2)
+    run = captures.write_run(tmp_path, first)
+    other = captures.write_run(tmp_path / "other", second)
+    for kind in ("capture", "json"):
+        (other / f"engine.{kind}").rename(run / f"engine-dp1.{kind}")
+        (other / f"rank-0.{kind}").rename(run / f"rank-0-dp1.{kind}")
+    found = {each.name: list(each.steps) for each in read_capture(tmp_path)}
+
+    assert found == {"run-001": first, "run-001-dp1": second}
+
+
+@pytest.mark.parametrize("left", [b"", b"SOCAPT1\n", b"SOCAP"])
+def test_a_run_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, left: bytes) -> None:
+    """An engine killed while it started, by a writer that had not written its header."""
+    captures.write_run(tmp_path, captures.steps(20))
+    (captures.write_run(tmp_path, captures.steps(20), number=2) / "engine.capture").write_bytes(left)
+    (run,) = read_capture(tmp_path)
+
+    assert (run.name, len(run.steps)) == ("run-001", 20)
+    assert len(run.notes) == 1
+    assert run.notes[0].startswith("run-002 is left out: ")
+    with pytest.raises(InvalidArgument, match="run-002 is left out"):
+        read_capture(tmp_path / "run-002")
+
+
+def test_a_worker_whose_count_is_off_is_followed_while_it_writes(tmp_path: Path) -> None:
+    made = captures.steps(40)
+    run = captures.write_run(tmp_path, made, worker_offset=5)
+
+    assert RunTail(run).new_steps() == made
+
+
+def test_steps_of_no_worker_are_not_joined(tmp_path: Path) -> None:
+    run = captures.write_run(tmp_path, captures.steps(40), ranks=0)
+
+    assert RunTail(run).new_steps() == []
+
+
+def test_a_call_outside_of_a_step_is_not_that_step(tmp_path: Path) -> None:
+    """Equal tokens, another time: steps of a worker that something else called."""
+    made = [step for step in captures.steps(200) if not step.chunk_tokens and step.num_decode_requests == 8]
+    run = captures.write_run(tmp_path, made)
+    later = [step._replace(device_start_ns=step.device_start_ns + 10**12) for step in made]
+    other = captures.write_run(tmp_path / "other", later)
+    (other / "rank-0.capture").replace(run / "rank-0.capture")
+
+    assert read_capture(tmp_path)[0].steps == ()
+    assert RunTail(run).new_steps() == []
+
+
+def test_the_share_of_the_capture_is_of_the_devices_time(tmp_path: Path) -> None:
+    """Asynchronous scheduling: a step's result comes two steps after its dispatch."""
+    made = captures.steps(40)
+    early = [step._replace(dispatch_ns=step.dispatch_ns - step.latency_ns) for step in made]
+    captures.write_run(tmp_path, early)
+    cost = read_capture(tmp_path)[0].overhead
+
+    assert cost.step_us == pytest.approx(sum(step.latency_ns for step in made) / 40 / 1e3)
+
+
 def test_a_folder_without_a_capture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no run-"):
         read_capture(tmp_path)
