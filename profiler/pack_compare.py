@@ -29,7 +29,8 @@ class RegionChange:
     """B against A over the shapes of one region that both have data for.
 
     `effect` is the difference of means in standard deviations of the answers (Cohen's d, both packs pooled), its median
-    over the shapes; `moved_share` counts shapes whose mean moved by more than 5 %. Changes in percent of A.
+    over the shapes, infinite where neither scatters; `moved_share` counts shapes whose mean moved by more than 5 %.
+    Changes in percent of A.
     """
 
     region: str
@@ -52,8 +53,12 @@ class Comparison:
     left_out: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no infinity: an effect without scatter is null."""
+        document = asdict(self)
+        for region in document["regions"]:
+            if np.isinf(region["effect"]):
+                region["effect"] = None
+        return document
 
 
 def compare_packs(a: Path, b: Path) -> Comparison:
@@ -73,7 +78,8 @@ def compare_packs(a: Path, b: Path) -> Comparison:
                 continue
             spread = float(np.sqrt((ours.var() + theirs.var()) / 2))
             difference = float(theirs.mean() - ours.mean())
-            found[region_of(query)].append((difference / float(ours.mean()), difference / spread if spread else np.inf))
+            effect = difference / spread if spread else float(np.copysign(np.inf, difference))
+            found[region_of(query)].append((difference / float(ours.mean()), effect))
     manifests = [report.manifest for report in reports]
     return Comparison(
         a=manifests[0].name,
@@ -94,7 +100,8 @@ def _change(region: str, shapes: list[tuple[float, float]]) -> RegionChange:
         change=float(100 * np.median(change)),
         smallest=float(100 * change.min()),
         largest=float(100 * change.max()),
-        effect=float(np.median(effect)),
+        # One of the effects, not between two: between infinities of both signs is no number.
+        effect=float(np.percentile(effect, 50, method="lower")),
         moved_share=float((np.abs(change) > _MOVED).mean()),
     )
 

@@ -25,9 +25,13 @@ KINDS: Final = ("hybrid", "sampled")
 _COLD: Final = (
     *("vllm_version", "model_shape", "dtype", "quantization", "kv_cache_dtype", "tensor_parallel_size"),
     *("pipeline_parallel_size", "data_parallel_size", "block_size", "max_model_len", "max_num_seqs"),
-    *("max_num_batched_tokens", "async_scheduling", "chunked_prefill", "num_kv_blocks", "kv_bytes_per_token"),
+    *("max_num_batched_tokens", "async_scheduling", "chunked_prefill", "kv_bytes_per_token"),
     "graph_capture_sizes",
 )
+# Blocks follow from the memory that is free at the start: on a GPU they differ a little from start to start.
+_KV_BLOCKS_APART: Final = 0.05
+# Of copy_ns: so long after an idle stream a clock that runs 100 ppm beside the host's is 0.1 ms away.
+_ANCHORED_NS: Final = 1_000_000_000
 _CONTEXT_BUCKET_WIDTH: Final = 256
 _MIN_SAMPLES: Final = 16
 
@@ -62,8 +66,10 @@ def build_pack(request: BuildRequest, directory: Path, *, created: datetime | No
     steps = [step for run in kept for step in run.steps]
     if not steps:
         raise InvalidArgument(f"{request.capture} holds no usable step ({_told(left_out)})", field="capture")
-    facts, rank = runs[0].engine["engine"], runs[0].ranks[0]
-    common = _common_fields(request, kept, steps)
+    blocks = [run.engine["engine"]["num_kv_blocks"] for run in runs]
+    # The smallest: an emulated engine never has room that one of these engines had not.
+    facts, rank = {**runs[0].engine["engine"], "num_kv_blocks": min(blocks)}, runs[0].ranks[0]
+    common = _common_fields(request, runs, kept, facts)
     moment = created or datetime.now(UTC)
     if request.kind == "sampled":
         manifest = _sampled_manifest(request, steps, facts, rank, common, moment)
@@ -72,10 +78,12 @@ def build_pack(request: BuildRequest, directory: Path, *, created: datetime | No
     else:
         digest, lines = _write_hybrid(request, kept, directory, facts, rank, common, moment)
     prep_us, copy_us = (common["latency"][name] / 1e3 for name in ("prep_ns", "copy_ns"))
-    blocks = f"  KV blocks: {facts['num_kv_blocks']} of {facts['block_size']} tokens, measured"
+    told = f"{facts['num_kv_blocks']} of {facts['block_size']} tokens, measured"
+    if len(set(blocks)) > 1:
+        told += f" (the fewest; the runs had {', '.join(map(str, blocks))})"
     head = [
         f"  {len(steps)} steps of {len(kept)} runs; left out: {_told(left_out)}",
-        f"{blocks}; prep {prep_us:.0f} us, copy {copy_us:.0f} us",
+        f"  KV blocks: {told}; prep {prep_us:.0f} us, copy {copy_us:.0f} us",
         *(f"  note: {run.name}: {note}" for run in runs for note in run.notes),
     ]
     return Built(digest, (*head, *lines))
@@ -105,12 +113,27 @@ def _check_same(runs: Sequence[CapturedRun]) -> None:
                 f"{runs[0].name} and {run.name} are of two configurations: {'; '.join(differing)}; give one run",
                 field="capture",
             )
+    blocks = [run.engine["engine"]["num_kv_blocks"] for run in runs]
+    if max(blocks) > (1 + _KV_BLOCKS_APART) * min(blocks):
+        raise InvalidArgument(
+            f"the runs have {', '.join(map(str, blocks))} KV blocks, more than {100 * _KV_BLOCKS_APART:.0f} % apart: "
+            "the engines had other memory; give one run, or pin them with --num-gpu-blocks-override",
+            field="capture",
+        )
     if first["pipeline_parallel_size"] > 1:
         raise InvalidArgument(
             "pipeline parallelism: a step has a latency per stage, which is not built yet", field="capture"
         )
     if not all(run.ranks for run in runs):
         raise InvalidArgument("no rank wrote a file, so no step has a latency", field="capture")
+    for run in runs:
+        ranks = first["tensor_parallel_size"]
+        if len(run.ranks) < ranks:
+            raise InvalidArgument(
+                f"{run.name} has files of {len(run.ranks)} of {ranks} ranks: the others ran on another machine, whose "
+                "clock is another; capture an engine of one machine",
+                field="capture",
+            )
 
 
 def _usable(runs: Sequence[CapturedRun], skip: int) -> tuple[list[CapturedRun], dict[str, int]]:
@@ -130,11 +153,13 @@ def _told(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "nothing"
 
 
-def _common_fields(request: BuildRequest, runs: Sequence[CapturedRun], steps: Sequence[CapturedStep]) -> dict[str, Any]:
-    """Fields that both kinds of pack take from the capture."""
-    facts, rank = runs[0].engine["engine"], runs[0].ranks[0]
-    idle = [step.device_start_ns - step.dispatch_ns for step in steps if step.was_idle]
-    copies = [step.result_ns - step.device_end_ns for step in steps]
+def _common_fields(
+    request: BuildRequest, whole: Sequence[CapturedRun], runs: Sequence[CapturedRun], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that both kinds of pack take from the capture; `runs`: their usable steps alone."""
+    rank = runs[0].ranks[0]
+    idle = [step.device_start_ns - step.dispatch_ns for run in runs for step in run.steps if step.was_idle]
+    copies = _copies_ns(whole, runs)
     device, capability = rank["device"], [*rank["device"]["capability"], 0, 0]
     return {
         "latency": {
@@ -179,6 +204,7 @@ def _common_fields(request: BuildRequest, runs: Sequence[CapturedRun], steps: Se
         "provenance": {
             "built by": "step-oracle build",
             "timing": runs[0].timing,
+            "cudagraph mode": runs[0].engine.get("cudagraph_mode") or "unknown",
             "driver": rank["driver"],
             "libraries": ", ".join(f"{name} {version}" for name, version in sorted(rank["libraries"].items())),
             **{
@@ -187,6 +213,23 @@ def _common_fields(request: BuildRequest, runs: Sequence[CapturedRun], steps: Se
             },
         },
     }
+
+
+def _copies_ns(whole: Sequence[CapturedRun], usable: Sequence[CapturedRun]) -> list[int]:
+    """From device end to result, of usable steps so shortly after an idle device that its clock has not drifted.
+
+    Those of the least distance where none is that near: a device that was never idle after the warm-up.
+    """
+    found: list[tuple[int, int]] = []
+    for all_steps, run in zip(whole, usable, strict=True):
+        used, anchor_ns = {step.step_index for step in run.steps}, 0
+        for step in all_steps.steps:
+            if step.was_idle or not anchor_ns:
+                anchor_ns = step.device_start_ns
+            if step.step_index in used:
+                found.append((step.device_end_ns - anchor_ns, step.result_ns - step.device_end_ns))
+    near = [copy for distance, copy in found if distance <= _ANCHORED_NS]
+    return near or [copy for _, copy in sorted(found)[:_MIN_SAMPLES]]
 
 
 def _sampled_manifest(

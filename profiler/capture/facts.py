@@ -9,10 +9,14 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_shim.engine_config import engine_config
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheTensor
 
 # What is compared by eye when two captures of one configuration differ.
 _LIBRARIES = (
@@ -36,7 +40,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
     """Of one engine core: `engine` as EngineConfig of oracle_service.proto, and vLLM's own resolved configuration."""
     block_size = vllm_config.cache_config.block_size
     blocks = kv_cache_config.num_blocks
-    pool_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    pool_bytes = _pool_bytes(kv_cache_config.kv_cache_tensors)
     engine = engine_config(vllm_config, pool_bytes // max(1, blocks * block_size))
     engine.num_kv_blocks = blocks
     engine.graph_capture_sizes[:] = sorted(_graph_capture_sizes(vllm_config))
@@ -47,6 +51,18 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
         "cudagraph_mode": str(getattr(vllm_config.compilation_config, "cudagraph_mode", "")),
         "vllm_config": {name: _plain(getattr(vllm_config, name), _DEPTH) for name in parts},
     }
+
+
+def _pool_bytes(tensors: Sequence[KVCacheTensor]) -> int:
+    """Bytes of the KV cache on the device.
+
+    A tensor with strides is a place in the one allocation that all groups share, and `size` is that allocation's
+    (0.33.0, read); one without is an allocation of its own (0.18.1, read). Tensors in the host's memory do not count.
+    """
+    own = [tensor for tensor in tensors if not getattr(tensor, "host_resident", False)]
+    sizes: list[int] = [tensor.size for tensor in own]
+    is_shared = any(getattr(tensor, "layer_stride", None) is not None for tensor in own)
+    return max(sizes) if is_shared else sum(sizes)
 
 
 def worker_facts(worker: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,21 @@ class WorkerRecording:
     """Follows the steps of one worker. All methods run on the worker's thread."""
 
     def __init__(
-        self, path: Path, clock: HostClock | CudaEventClock, *, rank: int = 0, data_parallel_rank: int = 0
+        self,
+        path: Path,
+        clock: HostClock | CudaEventClock,
+        *,
+        rank: int = 0,
+        data_parallel_rank: int = 0,
+        begin_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        """`begin_thread`: called first in the thread that reads the clock's events; see worker.py."""
         timing = pb.CAPTURE_TIMING_HOST if isinstance(clock, HostClock) else pb.CAPTURE_TIMING_CUDA_EVENTS
         header = _header(rank=rank, data_parallel_rank=data_parallel_rank, timing=timing)
         self._clock = clock
         self._step_index = -1
         self._step: DeviceStepTimes | None = None
-        self._writer = CaptureWriter(path, header, partial(device_block, clock))
+        self._writer = CaptureWriter(path, header, partial(device_block, clock), begin_thread)
 
     def begin(self, total_tokens: int) -> None:
         """The worker is called with a step."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def capture_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
     """The scheduler this engine would have had, observed. vLLM calls it as it would call a scheduler class."""
+    _refuse_uncalled_workers(vllm_config)
     base = _scheduler_class(vllm_config)
 
     class CaptureScheduler(base):  # type: ignore[misc, valid-type]
@@ -49,10 +50,30 @@ def _scheduler_class(vllm_config: VllmConfig) -> Any:
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         return resolve_obj_by_qualname(own)
-    if vllm_config.scheduler_config.async_scheduling:
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    if getattr(vllm_config, "diffusion_config", None) is not None:
+        # vLLM chooses it itself only where no class is given (config/vllm.py of 0.33.0).
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        name = "DiffusionAsyncScheduler" if asynchronous else "DiffusionScheduler"
+        return resolve_obj_by_qualname(f"vllm.v1.core.sched.diffusion_scheduler.{name}")
+    if asynchronous:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
         return AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return Scheduler
+
+
+def _refuse_uncalled_workers(vllm_config: VllmConfig) -> None:
+    """Ray's first executor steps the model runner itself and never calls the worker (ray_utils.py of 0.18.1)."""
+    if vllm_config.parallel_config.distributed_executor_backend != "ray":
+        return
+    from vllm.v1.executor.abstract import Executor
+
+    if Executor.get_class(vllm_config).__module__ == "vllm.v1.executor.ray_executor":
+        raise RuntimeError(
+            "step-oracle capture cannot time steps of this vLLM under --distributed-executor-backend ray, which does "
+            "not call the worker; use mp on one machine, or a vLLM whose Ray executor does"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -31,30 +32,40 @@ class CaptureWriter:
 
     `append` and `hook_ns` belong to the thread that steps; the writer's own thread does the rest. That thread asks for
     the interpreter and gets it when the stepping thread waits for the device. A killed process loses what was appended
-    since the last write: the kernel has the rest.
+    since the last write: the kernel has the rest. Where a write or the device fails, the engine goes on serving: the
+    failure is said once, and nothing more is kept.
     """
 
     def __init__(
-        self, path: Path, header: pb.CaptureHeader, encode: Callable[[Sequence[Any]], pb.CaptureRecord | None]
+        self,
+        path: Path,
+        header: pb.CaptureHeader,
+        encode: Callable[[Sequence[Any]], pb.CaptureRecord | None],
+        begin_thread: Callable[[], None] = lambda: None,
     ) -> None:
         """`encode` turns appended items into a record, or None where they are not ready: they are offered again.
 
-        Raises FileExistsError where the file exists: a start of an engine has a folder of its own.
+        `begin_thread` is the first thing the writer's thread calls. Raises FileExistsError where the file exists: a
+        start of an engine has a folder of its own.
         """
         self.hook_ns = 0
         self._encode = encode
         self._items: deque[Any] = deque()
         self._told_hook_ns = self._told_cpu_ns = 0
+        self._path, self._begin_thread = path, begin_thread
+        # Set by the writer's thread, once; read by the other, where a step too many does no harm.
+        self._failed = False
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        os.write(self._file, MAGIC)
-        self._write(pb.CaptureRecord(header=header))
+        # One write: a file that has anything has all of its header, unless the disk is full.
+        self._write(MAGIC + framed(pb.CaptureRecord(header=header)))
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="step-oracle-capture", daemon=True)
         self._thread.start()
 
     def append(self, item: Any) -> None:
         """Hand over one step."""
-        self._items.append(item)
+        if not self._failed:
+            self._items.append(item)
 
     def close(self) -> None:
         """Write what is left and end the thread; a second call does nothing."""
@@ -65,10 +76,17 @@ class CaptureWriter:
 
     def _run(self) -> None:
         ended = False
-        while not ended:
-            ended = self._end.wait(FLUSH_SECONDS)
-            while self._flush():
-                pass
+        try:
+            self._begin_thread()
+            while not ended:
+                ended = self._end.wait(FLUSH_SECONDS)
+                while self._flush():
+                    pass
+        except (OSError, RuntimeError) as error:
+            self._failed = True
+            self._items.clear()
+            line = f"step-oracle: {self._path} is not written any more ({error}): later steps are not captured"
+            print(line, file=sys.stderr, flush=True)
 
     def _flush(self) -> bool:
         """Write one block; whether there may be another."""
@@ -82,13 +100,12 @@ class CaptureWriter:
         hook_ns, cpu_ns = self.hook_ns, time.thread_time_ns()
         block.hook_ns, self._told_hook_ns = hook_ns - self._told_hook_ns, hook_ns
         block.writer_cpu_ns, self._told_cpu_ns = cpu_ns - self._told_cpu_ns, cpu_ns
-        self._write(record)
+        self._write(framed(record))
         return len(block.steps) == _STEPS_PER_BLOCK
 
-    def _write(self, record: pb.CaptureRecord) -> None:
-        frame = framed(record)
-        while frame:
-            frame = frame[os.write(self._file, frame) :]
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._file, data) :]
 
 
 def framed(record: pb.CaptureRecord) -> bytes:

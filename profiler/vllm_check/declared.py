@@ -208,6 +208,8 @@ WHOLE: tuple[Name, ...] = (
     ("vllm.v1.outputs", "LogprobsLists"),
     ("vllm.v1.outputs", "LogprobsTensors"),
     ("vllm.v1.kv_cache_interface", "KVCacheConfig"),
+    # Whether `size` is the tensor's or the pool's decides the bytes of a token (profiler/capture/facts.py).
+    ("vllm.v1.kv_cache_interface", "KVCacheTensor"),
     ("vllm.v1.kv_cache_interface", "AttentionSpec"),
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec"),
     ("vllm.v1.kv_cache_interface", "MLAAttentionSpec"),

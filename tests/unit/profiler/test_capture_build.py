@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import captures
+from builders import build_constant_pack
 from fleet import step_oracle
 from oracle_server import pack
 from oracle_server.errors import InvalidArgument
@@ -138,10 +139,63 @@ def test_steps_of_the_warm_up_and_the_first_ones_are_left_out_and_counted(tmp_pa
 
 def test_runs_of_two_configurations_make_no_pack(tmp_path: Path) -> None:
     captures.write_run(tmp_path, captures.steps(50))
-    captures.write_run(tmp_path, captures.steps(50), number=2, engine={"max_num_seqs": 128, "num_kv_blocks": 600})
+    captures.write_run(tmp_path, captures.steps(50), number=2, engine={"max_num_seqs": 128, "block_size": 16})
 
-    with pytest.raises(InvalidArgument, match="max_num_seqs is 64 and 128; num_kv_blocks is 682 and 600"):
+    with pytest.raises(InvalidArgument, match="block_size is 128 and 16; max_num_seqs is 64 and 128"):
         build_pack(BuildRequest(tmp_path), tmp_path / "pack")
+
+
+def test_a_resumed_capture_whose_engines_had_a_few_blocks_more_or_less_has_the_fewest(tmp_path: Path) -> None:
+    """A GPU's free memory differs a little from start to start."""
+    captures.write_run(tmp_path, captures.steps(60))
+    captures.write_run(tmp_path, captures.steps(60, seed=2), number=2, engine={"num_kv_blocks": 675})
+    built = build_pack(BuildRequest(tmp_path, "sampled"), tmp_path / "pack")
+
+    assert pack.check_pack(tmp_path / "pack").manifest.kv_cache.blocks == 675
+    assert "KV blocks: 675 of 128 tokens, measured (the fewest; the runs had 682, 675)" in built.lines[1]
+
+
+def test_runs_whose_memory_was_another_make_no_pack(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(60))
+    captures.write_run(tmp_path, captures.steps(60, seed=2), number=2, engine={"num_kv_blocks": 600})
+
+    with pytest.raises(InvalidArgument, match="682, 600 KV blocks, more than 5 % apart"):
+        build_pack(BuildRequest(tmp_path), tmp_path / "pack")
+
+
+def test_what_lies_between_end_and_result_is_taken_where_the_devices_clock_has_not_drifted(tmp_path: Path) -> None:
+    """One long stretch without an idle device, whose clock runs 100 ppm slow: 0.3 ms at its end."""
+    made = captures.steps(400)
+    begin = made[0].device_start_ns
+    drifted = []
+    for at, each in enumerate(made):
+        away = (each.device_start_ns - begin) // 10_000
+        drifted.append(
+            each._replace(
+                device_start_ns=each.device_start_ns + away, device_end_ns=each.device_end_ns + away, was_idle=at == 0
+            )
+        )
+    captures.write_run(tmp_path, drifted)
+    build_pack(BuildRequest(tmp_path, "sampled"), tmp_path / "pack")
+
+    assert made[-1].device_start_ns - begin > 3 * 10**9, "long enough to drift"
+    assert pack.check_pack(tmp_path / "pack").manifest.latency.copy_ns == pytest.approx(captures.COPY_NS, rel=0.5)
+
+
+def test_a_run_without_the_files_of_every_rank_makes_no_pack(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, captures.steps(60), engine={"tensor_parallel_size": 2})
+
+    with pytest.raises(InvalidArgument, match="files of 1 of 2 ranks"):
+        build_pack(BuildRequest(tmp_path), tmp_path / "pack")
+
+
+def test_the_manifest_says_how_graphs_were_captured(tmp_path: Path) -> None:
+    run = captures.write_run(tmp_path, captures.steps(60))
+    facts = json.loads((run / "engine.json").read_text())
+    (run / "engine.json").write_text(json.dumps(facts | {"cudagraph_mode": "FULL_AND_PIECEWISE"}))
+    build_pack(BuildRequest(tmp_path, "sampled"), tmp_path / "pack")
+
+    assert pack.check_pack(tmp_path / "pack").manifest.provenance["cudagraph mode"] == "FULL_AND_PIECEWISE"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +219,20 @@ def test_a_pack_compared_with_itself_has_not_moved(built: Path) -> None:
 
     assert comparison.fields == {}
     assert {(region.change, region.effect, region.moved_share) for region in comparison.regions} == {(0, 0, 0)}
+
+
+@pytest.mark.parametrize(("latency_ns", "effect"), [(12_000_000, math.inf), (8_000_000, -math.inf)])
+def test_packs_that_do_not_scatter_differ_without_bound_in_the_direction_they_differ(
+    tmp_path: Path, latency_ns: int, effect: float
+) -> None:
+    build_constant_pack(tmp_path / "a", latency_ns=10_000_000)
+    build_constant_pack(tmp_path / "b", latency_ns=latency_ns)
+    comparison = compare_packs(tmp_path / "a", tmp_path / "b")
+    document = json.dumps(comparison.as_dict(), allow_nan=False)
+
+    assert comparison.regions
+    assert {region.effect for region in comparison.regions} == {effect}
+    assert {region["effect"] for region in json.loads(document)["regions"]} == {None}
 
 
 @pytest.mark.slow
