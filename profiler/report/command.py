@@ -13,6 +13,7 @@ from profiler.report import figures
 from profiler.report.judged import DRAWS, JudgedSteps, RegionError, judge, region_errors
 from profiler.report.measurements import Comparison, compare, read_measurement
 from profiler.report.page import Section, Table, png_of, render
+from profiler.report.plan_progress import PlanProgress, read_plans
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def write_report(request: ReportRequest) -> list[Path]:
         sections.append(_surfaces(report, compiled))
         if request.on is not None:
             sections += _judged(judge(compiled, request.on))
+            if request.on.is_dir() and (plans := read_plans(request.on)):
+                sections.append(_plan(plans))
     if request.real is not None and request.emulated is not None:
         sections.append(_measured(request.real, request.emulated))
     return _write(request, render(title, facts, sections), sections)
@@ -142,6 +145,30 @@ def _error_table(errors: list[RegionError]) -> Table:
     ]
     heads = ("region", "steps", "mean absolute error %", "bias of the sum %", "middle 90 % of errors", "extrapolated %")
     return Table(heads, tuple(rows))
+
+
+def _plan(plans: list[PlanProgress]) -> Section:
+    rows = [
+        (
+            plan.run + ("" if plan.ended else " (interrupted)"),
+            f"{plan.points[-1][0]:.1f}",
+            *(str(number) for number in (plan.known, plan.visits, plan.points[-1][1], plan.points[-1][2])),
+            str(plan.regions),
+            "; ".join(f"{label}: {reason}" for label, reason in plan.left_out.items()) or "nothing",
+        )
+        for plan in plans
+    ]
+    return Section(
+        "plan",
+        "Capture plan",
+        "What the plan knew when. A region is known when the standard error of its mean is below the plan's target, "
+        "measured when it has the fewest steps that tell. Vertical lines: another run went on there.",
+        png_of(figures.plan_figure(plans)),
+        Table(
+            ("run", "minutes", "known before", "visits", "known", "measured", "regions", "left out"),
+            tuple(rows),
+        ),
+    )
 
 
 def _measured(real: Path, emulated: Path) -> Section:

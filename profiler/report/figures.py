@@ -12,6 +12,7 @@ from oracle_server.errors import FailedPrecondition
 from oracle_server.sampling.answer import SUPPORT_EXACT, SUPPORT_EXTRAPOLATED, SUPPORT_INTERPOLATED
 from profiler.report.judged import JudgedSteps, RegionError
 from profiler.report.measurements import METRICS, Measurement
+from profiler.report.plan_progress import PlanProgress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,6 +133,25 @@ def tail_figure(judged: JudgedSteps) -> Figure:
         axes.set_ylim(0.5 / len(measured), 1.3)
         axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
         axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plan_figure(plans: Sequence[PlanProgress]) -> Figure:
+    """Regions known and measured over the minutes of a plan, its runs one behind the other."""
+    figure, (axes,) = _figure(1, 1, height=4.2)
+    begin = 0.0
+    for number, plan in enumerate(plans):
+        minutes = [begin + point[0] for point in plan.points]
+        for place, label, color, style in ((1, "known to the target", _OURS, "-"), (2, "measured", _REAL, "--")):
+            known = [point[place] for point in plan.points]
+            name = label if number == 0 else None
+            axes.step(minutes, known, where="post", color=color, linestyle=style, label=name, linewidth=1.5)
+        begin = minutes[-1]
+        if number < len(plans) - 1:
+            axes.axvline(begin, color="#bbbbbb", linewidth=0.8)
+    axes.axhline(plans[-1].regions, color=_GREY, linewidth=0.8, linestyle=":", label="in the plan")
+    axes.set(title="Regions of the plan", xlabel="minutes of visits", ylabel="regions", ylim=(0, None), xlim=(0, None))
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
