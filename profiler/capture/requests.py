@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from oracle_server.errors import InvalidArgument
@@ -14,6 +14,9 @@ _SEED = 20260921
 _TIMEOUT_SECONDS = 600.0
 # Ids of ordinary tokens in any large vocabulary: special ones lie at its ends.
 _FIRST_TOKEN, _LAST_TOKEN = 300, 4000
+# vLLM takes 1024 prompts and 32 MiB in a request (0.33.0, envs.py: MAX_COMPLETION_PROMPTS, HTTP_MAX_REQUEST_BODY_SIZE),
+# and a token is 6 bytes at most.
+_MOST_PROMPTS, _MOST_TOKENS = 512, 2 << 20
 # What an engine answers to a request it will not serve, while it goes on serving others.
 _REFUSALS = (400, 413, 422)
 
@@ -25,8 +28,8 @@ class RequestRefused(Exception):
 class PlanRequests:
     """Completions of random prompts. Used on one event loop.
 
-    Prompts that belong together are sent as one request: they reach the scheduler together, and no number of them is
-    limited by a pool of connections.
+    Prompts that belong together are sent as one request as far as vLLM takes them: they reach the scheduler together,
+    and no number of them is limited by a pool of connections.
     """
 
     def __init__(self, base_url: str, api_key: str, vocabulary: int | None) -> None:
@@ -55,21 +58,39 @@ class PlanRequests:
     async def complete(self, prompts: int, prompt_tokens: int, output_tokens: int) -> None:
         """Until all of them have all their tokens. Raises RequestRefused, and InvalidArgument where nothing more is
         to be expected of the engine."""
-        with self._told():
-            await self._client.completions.create(**self._request(prompts, prompt_tokens, output_tokens))
+        await _together(
+            [self._complete(batch, prompt_tokens, output_tokens) for batch in batches(prompts, prompt_tokens)]
+        )
 
     async def generate(self, prompts: int, prompt_tokens: int, output_tokens: int, all_generate: asyncio.Event) -> None:
         """The same as a stream; the event is set when each of them has a token. Cancelling it ends them in the engine:
         vLLM takes a client that is gone as an abort."""
+        left = [prompts]
+
+        def begins() -> None:
+            left[0] -= 1
+            if not left[0]:
+                all_generate.set()
+
+        await _together(
+            [self._generate(batch, prompt_tokens, output_tokens, begins) for batch in batches(prompts, prompt_tokens)]
+        )
+
+    async def _complete(self, prompts: int, prompt_tokens: int, output_tokens: int) -> None:
+        with self._told():
+            await self._client.completions.create(**self._request(prompts, prompt_tokens, output_tokens))
+
+    async def _generate(self, prompts: int, prompt_tokens: int, output_tokens: int, begins: Callable[[], None]) -> None:
         begun: set[int] = set()
         with self._told():
             stream = await self._client.completions.create(
                 **self._request(prompts, prompt_tokens, output_tokens), stream=True
             )
             async for piece in stream:
-                begun.update(choice.index for choice in piece.choices)
-                if len(begun) == prompts:
-                    all_generate.set()
+                for choice in piece.choices:
+                    if choice.index not in begun:
+                        begun.add(choice.index)
+                        begins()
 
     def _request(self, prompts: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         return {
@@ -103,6 +124,23 @@ class PlanRequests:
         except openai.OpenAIError as error:
             message = f"the engine does not answer any more ({error}); its output says why"
             raise InvalidArgument(message, field="engine") from None
+
+
+def batches(prompts: int, prompt_tokens: int) -> list[int]:
+    """How many prompts go out in each request."""
+    most = max(1, min(_MOST_PROMPTS, _MOST_TOKENS // prompt_tokens))
+    return [min(most, prompts - sent) for sent in range(0, prompts, most)]
+
+
+async def _together(sending: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All of them; where one fails the others are cancelled, and its error is raised."""
+    tasks = [asyncio.create_task(each) for each in sending]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def ordinary_tokens(vocabulary: int | None) -> tuple[int, int]:

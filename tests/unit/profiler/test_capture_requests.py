@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from oracle_server.errors import InvalidArgument
+from profiler.capture import requests as requests_module
 from profiler.capture.driver import PlanOptions, drive
 from profiler.capture.engine import CapturedEngine
 from profiler.capture.launch import CaptureCommand
@@ -97,6 +98,24 @@ def test_prompts_go_out_as_one_request_with_the_engines_key(api: Api) -> None:
     assert (asked["max_tokens"], asked["ignore_eos"]) == (2, True)
     assert asked["prompt"][0] != asked["prompt"][1]
     assert all(250 <= token <= 750 for prompt in asked["prompt"] for token in prompt)
+
+
+def test_more_prompts_than_vllm_takes_at_once_go_out_as_several_requests(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests_module, "_MOST_PROMPTS", 4)
+    complete(api.url, prompts=9)
+
+    assert sorted(len(asked["prompt"]) for asked in api.asked) == [1, 4, 4]
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 1), (512, 64), (513, 64), (2048, 8192), (3, 4_000_000)])
+def test_every_prompt_is_in_a_request_that_vllm_takes(prompts: int, tokens: int) -> None:
+    sizes = requests_module.batches(prompts, tokens)
+
+    assert sum(sizes) == prompts
+    assert max(sizes) <= 1024
+    assert all(size == 1 or size * tokens * 6 < 32 << 20 for size in sizes)
 
 
 def test_a_stream_tells_when_each_of_its_prompts_has_a_token(api: Api) -> None:
