@@ -101,7 +101,7 @@ def _change(region: str, shapes: list[tuple[float, float]]) -> RegionChange:
         smallest=float(100 * change.min()),
         largest=float(100 * change.max()),
         # One of the effects, not between two: between infinities of both signs is no number.
-        effect=float(np.percentile(effect, 50, method="lower")),
+        effect=float(np.sort(effect)[(len(effect) - 1) // 2]),
         moved_share=float((np.abs(change) > _MOVED).mean()),
     )
 

@@ -137,6 +137,7 @@ def _device_block(part: Sequence[CapturedStep], worker_offset: int) -> pb.Captur
             return_ns=step.device_end_ns,
             start_ns=step.device_start_ns,
             end_ns=step.device_end_ns,
+            was_idle=step.was_idle,
         )
         for step in part
     ]

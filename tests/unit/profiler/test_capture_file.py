@@ -175,11 +175,12 @@ def test_a_killed_writer_leaves_all_but_what_it_was_given_last(tmp_path: Path) -
     command = [sys.executable, "-c", script, str(tmp_path / "a.capture")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}) as process:
         assert process.stdout is not None
-        told = [int(process.stdout.readline()) for _ in range(700)]
+        told = 0
+        while told < 600:
+            told = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
     found = indices(tmp_path / "a.capture")
 
     assert found == list(range(len(found)))
     # Steps that have left the queue are in the block that is written next: at most one block is not there yet.
-    assert len(found) >= max(told) - _STEPS_PER_BLOCK
-    assert len(found) >= 100
+    assert len(found) >= told - _STEPS_PER_BLOCK
