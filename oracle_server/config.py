@@ -38,8 +38,52 @@ _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
 _LEASES = "STEP_ORACLE_LEASES"
 _SHARDS = "STEP_ORACLE_SHARDS"
 _SCHEDULING = "STEP_ORACLE_SCHEDULING"
+_TLS_CA = "STEP_ORACLE_TLS_CA"
+_TLS_CERT = "STEP_ORACLE_TLS_CERT"
+_TLS_KEY = "STEP_ORACLE_TLS_KEY"
+_TLS_CLIENT_CA = "STEP_ORACLE_TLS_CLIENT_CA"
+_OPERATOR_TOKEN_FILE = "STEP_ORACLE_OPERATOR_TOKEN_FILE"  # noqa: S105 - a name
 
 MAX_SHARDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Paths of PEM files; an empty `client_ca`: clients need no certificate."""
+
+    cert: str
+    key: str
+    client_ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a client reaches a server and who it is: paths of files, empty for none.
+
+    | field, STEP_ORACLE_... | meaning |
+    | --- | --- |
+    | tls_ca | PEM file: speak TLS, with a server whose certificate it has signed |
+    | tls_cert, tls_key | PEM files: the client's own certificate, where the server asks for one |
+    | token_file | the bearer token; read at each call |
+    """
+
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    token_file: str = ""
+
+
+ANONYMOUS = Access()
+
+
+def read_access(environ: Mapping[str, str]) -> Access:
+    """A client's access from its environment. Without `tls_ca` a certificate is a server's, and of no use here."""
+    ca, cert, key = (environ.get(name, "") for name in (_TLS_CA, _TLS_CERT, _TLS_KEY))
+    if ca and bool(cert) != bool(key):
+        raise InvalidArgument(
+            f"a client's certificate needs its key; give {_TLS_CERT} and {_TLS_KEY}", field="tls_cert"
+        )
+    return Access(ca, cert if ca else "", key if ca else "", environ.get("STEP_ORACLE_TOKEN_FILE", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +92,18 @@ class ServerConfig:
 
     | field, STEP_ORACLE_... | default | meaning |
     | --- | --- | --- |
-    | listen | 127.0.0.1:8470 | HOST:PORT on loopback (port 0: any free one) or unix:/path; comma-separated |
+    | listen | 127.0.0.1:8470 | HOST:PORT (port 0: any free one) or unix:/path; comma-separated |
     | metrics | 127.0.0.1:8471 | HOST:PORT on loopback for Prometheus; "off": none |
     | state_dir | $XDG_STATE_HOME/step-oracle | folder of the database and the packs |
     | drain_seconds | 5 | how long calls in flight may take after SIGTERM, in seconds |
     | leases | 1 | 0: grant no leases, every step is asked for |
     | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
     | scheduling | batch | batch: SCHED_BATCH, half the CPU per step; other: as the server was started |
+    | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
+    | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
+    | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
+
+    An address beyond loopback needs `tls` and `operator_token_file`.
     """
 
     listen: tuple[str, ...]
@@ -64,6 +113,8 @@ class ServerConfig:
     leases: bool = True
     shards: int = 1
     scheduling: str = BATCH
+    tls: TlsFiles | None = None
+    operator_token_file: Path | None = None
 
 
 def read_config(
@@ -74,14 +125,20 @@ def read_config(
     state_dir: Path | None = None,
     leases: bool = True,
     shards: int | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
+    operator_token_file: Path | None = None,
 ) -> ServerConfig:
     """The configuration from flags and environment; InvalidArgument names what is wrong."""
     _refuse_unknown(environ)
     addresses = tuple(listen) or tuple(filter(None, environ.get(_LISTEN, DEFAULT_TARGET).split(",")))
     if not addresses:
         raise InvalidArgument(f"{_LISTEN} names no address; give HOST:PORT or unix:/path", field="listen")
+    tls = _read_tls(environ, tls_cert, tls_key, tls_client_ca)
+    operator = operator_token_file or environ.get(_OPERATOR_TOKEN_FILE)
     for address in addresses:
-        check_address(address)
+        check_address(address, outside=tls is not None and bool(operator))
     metrics_address = environ.get(_METRICS, DEFAULT_METRICS) if metrics is None else metrics
     if metrics_address != "off":
         check_address(metrics_address)
@@ -109,7 +166,24 @@ def read_config(
         leases and granted == "1",
         _read_shards(environ.get(_SHARDS) or "1") if shards is None else _read_shards(str(shards)),
         scheduling,
+        tls,
+        Path(operator).expanduser() if operator else None,
     )
+
+
+def _read_tls(
+    environ: Mapping[str, str], cert: Path | None, key: Path | None, client_ca: Path | None
+) -> TlsFiles | None:
+    given = [
+        str(path or environ.get(name) or "")
+        for path, name in ((cert, _TLS_CERT), (key, _TLS_KEY), (client_ca, _TLS_CLIENT_CA))
+    ]
+    if not any(given):
+        return None
+    if not (given[0] and given[1]):
+        missing = "--tls-key" if given[0] else "--tls-cert"
+        raise InvalidArgument(f"TLS needs a certificate and its key; give {missing} too", field="tls_cert")
+    return TlsFiles(*given)
 
 
 def _read_shards(text: str) -> int:
@@ -118,8 +192,8 @@ def _read_shards(text: str) -> int:
     return int(text)
 
 
-def check_address(address: str) -> None:
-    """InvalidArgument unless it is a Unix socket or on loopback: anything else needs TLS, which is not there yet."""
+def check_address(address: str, *, outside: bool = False) -> None:
+    """InvalidArgument unless it is a Unix socket or on loopback; with `outside` any address that is well formed."""
     if address.startswith("unix:"):
         if not address.removeprefix("unix:"):
             raise InvalidArgument("unix: needs a path, for example unix:/run/step-oracle.sock", field="listen")
@@ -127,10 +201,11 @@ def check_address(address: str) -> None:
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal() or int(port) > 65535:
         raise InvalidArgument(f"the address {address!r} is not HOST:PORT or unix:/path", field="listen")
-    if not is_loopback(host):
+    if not outside and not is_loopback(host):
         raise InvalidArgument(
-            f"the address {address!r} is reachable from outside and this server has no TLS yet; listen on 127.0.0.1, "
-            "on ::1 or on a Unix socket",
+            f"the address {address!r} is reachable from outside, where plaintext and calls without credentials are "
+            "not allowed; give --tls-cert, --tls-key and --operator-token-file, or listen on 127.0.0.1, on ::1 or on "
+            "a Unix socket",
             field="listen",
         )
 
@@ -144,7 +219,8 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, *_OF_OTHERS}
+    secured = (_TLS_CA, _TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
+    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, *secured, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

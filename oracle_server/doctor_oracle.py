@@ -198,7 +198,12 @@ def _given(environ: Mapping[str, str]) -> str:
 def _channel_call(config: Mapping[str, Any], timeout_seconds: float) -> Call:
     import grpc
 
-    channel = grpc.insecure_channel(str(config["target"]))
+    names = [config.get(name) for name in ("tls_ca", "tls_key", "tls_cert")]
+    if names[0] and not str(config["target"]).startswith("unix:"):
+        credentials = grpc.ssl_channel_credentials(*(Path(name).read_bytes() if name else None for name in names))
+        channel = grpc.secure_channel(str(config["target"]), credentials)
+    else:
+        channel = grpc.insecure_channel(str(config["target"]))
     token = config.get("token_file")
     secret = Path(token).read_text(encoding="utf-8").strip() if token and Path(token).is_file() else ""
     metadata = (("authorization", f"Bearer {secret}"),) if secret else ()

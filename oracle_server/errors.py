@@ -9,13 +9,16 @@
     │   ├── ExperimentNotFound
     │   ├── GenerationNotFound
     │   ├── PackNotFound
-    │   └── TenantNotFound
+    │   ├── TenantNotFound
+    │   └── TokenNotFound
     ├── AlreadyExists              ALREADY_EXISTS
     │   ├── ExperimentExists
-    │   └── EngineIdTaken
+    │   ├── EngineIdTaken
+    │   └── TenantExists
     ├── FailedPrecondition         FAILED_PRECONDITION
     │   ├── PackInUse
     │   ├── ExperimentInUse
+    │   ├── TenantInUse
     │   ├── EngineMismatch         carries the differences
     │   ├── NoRuleMatches
     │   ├── SupportRefused
@@ -23,8 +26,11 @@
     │   └── StoreFailed
     ├── GenerationConflict         ABORTED
     ├── QuotaExceeded              RESOURCE_EXHAUSTED
+    ├── Unauthenticated            UNAUTHENTICATED
+    ├── PermissionDenied           PERMISSION_DENIED
     └── Unavailable                UNAVAILABLE
         ├── StaleGeneration
+        ├── CredentialRevoked      of an open stream
         ├── Starting
         └── Draining
 
@@ -112,6 +118,12 @@ class TenantNotFound(NotFound):
     reason = "TENANT_NOT_FOUND"
 
 
+class TokenNotFound(NotFound):
+    """The tenant never had that token."""
+
+    reason = "TOKEN_NOT_FOUND"
+
+
 class AlreadyExists(OracleError):
     """Something that is there already."""
 
@@ -130,6 +142,12 @@ class EngineIdTaken(AlreadyExists):
     reason = "ENGINE_ID_TAKEN"
 
 
+class TenantExists(AlreadyExists):
+    """A tenant of that name exists."""
+
+    reason = "TENANT_EXISTS"
+
+
 class FailedPrecondition(OracleError):
     """The request is well formed but the state does not allow it."""
 
@@ -146,6 +164,12 @@ class ExperimentInUse(FailedPrecondition):
     """Engines are attached to the experiment."""
 
     reason = "EXPERIMENT_IN_USE"
+
+
+class TenantInUse(FailedPrecondition):
+    """The tenant has experiments or packs."""
+
+    reason = "TENANT_IN_USE"
 
 
 class EngineMismatch(FailedPrecondition):
@@ -196,6 +220,20 @@ class QuotaExceeded(OracleError):
     reason = "QUOTA_EXCEEDED"
 
 
+class Unauthenticated(OracleError):
+    """No credential, or one that is not valid."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(OracleError):
+    """The credential is valid, but not for this call or this tenant."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
+
+
 class Unavailable(OracleError):
     """Try again, here or elsewhere."""
 
@@ -206,6 +244,12 @@ class StaleGeneration(Unavailable):
     """This server has not seen the generation the engine has."""
 
     reason = "STALE_GENERATION"
+
+
+class CredentialRevoked(Unavailable):
+    """The token a stream was opened with is valid no more; a holder of a newer one opens it again."""
+
+    reason = "CREDENTIAL_REVOKED"
 
 
 class Starting(Unavailable):

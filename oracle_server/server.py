@@ -22,13 +22,17 @@ from prometheus_client.registry import Collector
 from oracle_server.config import ServerConfig
 from oracle_server.errors import OracleError, StoreFailed
 from oracle_server.logs import configure
+from oracle_server.operator_file import OperatorFile
 from oracle_server.rpc.experiment_service import ExperimentService
+from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.metrics import Metrics, MetricsCollector
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.rpc.pack_service import ProfilePackService
+from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
 from oracle_server.state.node import Node
+from oracle_server.tls import Certificates
 from step_oracle.v1 import (
     experiment_pb2,
     experiment_pb2_grpc,
@@ -46,6 +50,8 @@ SERVICES = (
     experiment_pb2.DESCRIPTOR.services_by_name["ExperimentService"].full_name,
     tenant_pb2.DESCRIPTOR.services_by_name["TenantService"].full_name,
 )
+# How often the steps of tenants with a quota are added up.
+RATE_SECONDS = 1.0
 # Shims ping each 30 s; the server tolerates one per 10 s, with or without a call (grpc's default is one per 300 s, and
 # a GOAWAY for whoever pings more often).
 _OPTIONS = (
@@ -70,14 +76,17 @@ async def _serve(config: ServerConfig) -> int:
     refused = take_scheduling(config.scheduling)
     metrics = Metrics()
     events, log_writer = configure(metrics.count_dropped_line)
+    operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
+    certificates = Certificates(config.tls) if config.tls else None
     node = Node(config.state_dir)
-    server = grpc.aio.server(options=options())
+    gates = () if operator is None else (Gate(node.credentials, metrics),)
+    server = grpc.aio.server(interceptors=gates, options=options())
     health = HealthServicer()
     add_services(server, node, metrics, events, leases=config.leases)
     add_health(server, health)
     try:
-        addresses = bind(server, config.listen)
-        metrics_server = serve_metrics(config, MetricsCollector(metrics, node.experiments))
+        addresses = bind(server, config.listen, certificates)
+        metrics_server = serve_metrics(config, MetricsCollector(metrics, node.experiments), TenantCollector(node.rates))
     except OracleError:
         await node.close()
         raise
@@ -90,11 +99,12 @@ async def _serve(config: ServerConfig) -> int:
     await server.start()
     started(config, events, addresses, refused)
     try:
-        compiled = await node.open()
+        compiled = await node.open(() if operator is None else operator.hashes)
     except OracleError:
         await server.stop(0)
         await node.close()
         raise
+    guards = guard(node, operator)
     # Nothing of the start is garbage any more: the collector need not look at it while steps are answered.
     gc.collect()
     gc.freeze()
@@ -109,6 +119,8 @@ async def _serve(config: ServerConfig) -> int:
     # A peer that watches its health and does not read must not hold up the end.
     with suppress(TimeoutError):
         await asyncio.wait_for(health.enter_graceful_shutdown(), 1.0)
+    for task in guards:
+        task.cancel()
     node.experiments.drain()
     await server.stop(config.drain_seconds)
     await node.close()
@@ -127,6 +139,20 @@ def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused
         events.info("scheduling refused", why=refused)
 
 
+def guard(node: Node, operator: OperatorFile | None) -> list[asyncio.Task[None]]:
+    """The tasks that go on looking at the step rates and at the operator's file."""
+    tasks = [asyncio.create_task(_check_rates(node))]
+    if operator is not None:
+        tasks.append(asyncio.create_task(operator.watch(node.tenants.trust_operator)))
+    return tasks
+
+
+async def _check_rates(node: Node) -> None:
+    while True:
+        await asyncio.sleep(RATE_SECONDS)
+        await node.tenants.check_rates()
+
+
 def options(*, shared_port: bool = False) -> tuple[tuple[str, int], ...]:
     """Options of a server; `shared_port`: other processes listen at the same TCP address."""
     return (("grpc.so_reuseport", int(shared_port)), *_OPTIONS)
@@ -138,7 +164,7 @@ def add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: 
     oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, server)
     pack_pb2_grpc.add_ProfilePackServiceServicer_to_server(ProfilePackService(node, metrics, events), server)
     experiment_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(node, metrics, events), server)
-    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantService(node, metrics), server)
+    tenant_pb2_grpc.add_TenantServiceServicer_to_server(TenantService(node, metrics, events), server)
 
 
 def add_health(server: grpc.aio.Server, health: HealthServicer) -> None:
@@ -149,12 +175,15 @@ def add_health(server: grpc.aio.Server, health: HealthServicer) -> None:
     )
 
 
-def bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
-    """Bind every address; the addresses with their real ports."""
+def bind(server: grpc.aio.Server, listen: tuple[str, ...], certificates: Certificates | None = None) -> list[str]:
+    """Bind every address, the TCP ones with TLS where there is a certificate; the addresses with their real ports."""
     bound = []
     for address in listen:
         try:
-            port = server.add_insecure_port(address)
+            if certificates is None or address.startswith("unix:"):
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, certificates.credentials())
         except RuntimeError as error:
             raise StoreFailed(
                 f"the address {address} cannot be bound: {error}; is another server there? Give another --listen"
@@ -163,12 +192,13 @@ def bind(server: grpc.aio.Server, listen: tuple[str, ...]) -> list[str]:
     return bound
 
 
-def serve_metrics(config: ServerConfig, collector: Collector) -> tuple[Any, Any] | None:
+def serve_metrics(config: ServerConfig, *collectors: Collector) -> tuple[Any, Any] | None:
     """(server, thread) of the metrics endpoint; None where it is off. StoreFailed."""
     if config.metrics == "off":
         return None
     registry = CollectorRegistry()
-    registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     host, _, port = config.metrics.rpartition(":")
     try:
         return start_http_server(int(port), addr=host.strip("[]"), registry=registry)

@@ -12,6 +12,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from oracle_server.config import ANONYMOUS, Access
 from oracle_server.rpc.client import Client
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2
 
@@ -22,8 +23,8 @@ TIMEOUT = 20.0
 class Calls:
     """The four services of one server as a test speaks to them. Use as a context manager."""
 
-    def __init__(self, target: str) -> None:
-        self.client = Client(target)
+    def __init__(self, target: str, access: Access = ANONYMOUS) -> None:
+        self.client = Client(target, access=access)
         self.oracle = self.client.oracle
         self.packs = self.client.packs
         self.experiments = self.client.experiments
@@ -37,14 +38,16 @@ class Calls:
     ) -> None:
         self.client.__exit__(None, None, None)
 
-    def upload(self, directory: Path) -> str:
+    def upload(self, directory: Path, tenant: str = "default") -> str:
         """Store a pack; its digest."""
-        return str(self.client.upload("tenants/default", directory).pack.digest)
+        return str(self.client.upload(f"tenants/{tenant}", directory).pack.digest)
 
-    def create(self, digest: str, experiment_id: str = "default", **binding: Any) -> experiment_pb2.Experiment:
+    def create(
+        self, digest: str, experiment_id: str = "default", tenant: str = "default", **binding: Any
+    ) -> experiment_pb2.Experiment:
         """A new experiment with one pack for all."""
         request = experiment_pb2.CreateExperimentRequest(
-            parent="tenants/default",
+            parent=f"tenants/{tenant}",
             experiment_id=experiment_id,
             binding=experiment_pb2.Binding(default_pack_digest=digest, **binding),
         )

@@ -15,6 +15,9 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from oracle_server.config import ANONYMOUS, Access
+from oracle_server.rpc.channel import open_channel
+
 _READY = re.compile(r"^step-oracle: ready at (?P<addresses>.*); metrics (?P<metrics>\S+); state ", re.MULTILINE)
 
 
@@ -37,6 +40,7 @@ class OracleProcess:
         metrics: str = "off",
         arguments: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
+        access: Access = ANONYMOUS,
     ) -> None:
         self.state_dir = state_dir
         self.stdout_path = state_dir.parent / f"{state_dir.name}.stdout"
@@ -46,6 +50,7 @@ class OracleProcess:
         self._targets = self._listen
         self._arguments = tuple(arguments)
         self._metrics = metrics
+        self._access = access
         self._extra_env = dict(extra_env or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -133,10 +138,7 @@ class OracleProcess:
 
     def channel(self) -> grpc.Channel:
         """A new connection to its first address; the caller closes it."""
-        return grpc.insecure_channel(
-            self.target,
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)],
-        )
+        return open_channel(self.target, self._access)
 
     def kill(self) -> None:
         """kill -9, and wait for the end."""

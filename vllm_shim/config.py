@@ -19,7 +19,7 @@ _PASSED_THROUGH = {
     f"STEP_ORACLE_{name}"
     for name in (
         "DEVICE DATA_PARALLEL_SIZE LAST_WORDS LISTEN METRICS STATE_DIR DRAIN_SECONDS SHARDS SCHEDULING DATA CACHE "
-        "CAPTURE"
+        "CAPTURE TLS_CLIENT_CA OPERATOR_TOKEN_FILE"
     ).split()
 }
 
@@ -34,7 +34,9 @@ class ShimConfig:
     | experiment | tenants/default/experiments/default | whose fleet this engine joins |
     | engine_id | host name and port of the vLLM server | unique in the fleet; "/dp<rank>" is appended for DP ranks |
     | engine_labels | none | k=v,k=v for the experiment's rules |
-    | token_file | none | file with the tenant's bearer token |
+    | token_file | none | file with the tenant's bearer token; read at each stream |
+    | tls_ca | none | PEM file: speak TLS, with an oracle whose certificate it has signed |
+    | tls_cert, tls_key | none | PEM files: this client's own certificate, where the oracle asks for one |
     | budget_seconds | 10 | how long a step may wait for a lost oracle |
     | on_lost | fail | fail: error and exit after the budget; hold: wait without limit |
     | wait | hybrid | hybrid: sleep to 0.2 ms before the deadline, then spin; sleep; spin |
@@ -48,6 +50,9 @@ class ShimConfig:
     engine_id: str
     engine_labels: Mapping[str, str]
     token_file: str
+    tls_ca: str
+    tls_cert: str
+    tls_key: str
     budget_seconds: float
     on_lost: str
     wait: str
@@ -82,6 +87,9 @@ class ShimConfig:
             engine_id=read("ENGINE_ID", _default_engine_id(sys.argv if argv is None else argv)),
             engine_labels=_labels(read("ENGINE_LABELS")),
             token_file=read("TOKEN_FILE"),
+            tls_ca=read("TLS_CA"),
+            tls_cert=read("TLS_CERT"),
+            tls_key=read("TLS_KEY"),
             budget_seconds=_positive("BUDGET_SECONDS", read("BUDGET_SECONDS", "10")),
             on_lost=_one_of("ON_LOST", read("ON_LOST", "fail"), LOST_POLICIES),
             wait=_one_of("WAIT", read("WAIT", "hybrid"), WAIT_MODES),

@@ -364,8 +364,15 @@ class OracleStream:
 
 
 def open_channel(config: ShimConfig) -> grpc.Channel:
-    """A channel to the oracle; connects lazily."""
-    return grpc.insecure_channel(config.target, options=_CHANNEL_OPTIONS)
+    """A channel to the oracle; connects lazily. A Unix socket speaks plaintext."""
+    if not config.tls_ca or config.target.startswith("unix:"):
+        return grpc.insecure_channel(config.target, options=_CHANNEL_OPTIONS)
+    names = (config.tls_ca, config.tls_key, config.tls_cert)
+    try:
+        credentials = grpc.ssl_channel_credentials(*(Path(name).read_bytes() if name else None for name in names))
+    except OSError as error:
+        raise ConfigurationError(f"STEP_ORACLE_TLS_CA, _KEY or _CERT: {error}") from None
+    return grpc.secure_channel(config.target, credentials, options=_CHANNEL_OPTIONS)
 
 
 def call_unary(channel: grpc.Channel, config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:

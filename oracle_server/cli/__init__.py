@@ -13,17 +13,8 @@ from typing import Annotated
 
 import typer
 
-from oracle_server.cli import experiments, packs
-from oracle_server.cli.console import (
-    FAILED,
-    TARGET,
-    Json,
-    Target,
-    connect,
-    exits,
-    print_json,
-    print_table,
-)
+from oracle_server.cli import experiments, packs, tenants
+from oracle_server.cli.console import FAILED, Json, connect, exits, print_json
 
 app = typer.Typer(
     name="step-oracle",
@@ -34,20 +25,27 @@ app = typer.Typer(
 )
 app.add_typer(packs.app)
 app.add_typer(experiments.app)
-_tenants = typer.Typer(name="tenant", help="Tenants.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(_tenants)
+app.add_typer(tenants.app)
 
 
 @app.command()
 def serve(
     listen: Annotated[
         list[str] | None,
-        typer.Option(help="HOST:PORT on loopback (port 0: any free one) or unix:/path; may be repeated."),
+        typer.Option(
+            help="HOST:PORT (port 0: any free one) or unix:/path; may be repeated. Beyond loopback with TLS only."
+        ),
     ] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Folder of the database and the packs.")] = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT on loopback for Prometheus, or off.")] = None,
     no_leases: Annotated[bool, typer.Option("--no-leases", help="Answer every step; leave no engine a piece.")] = False,
     shards: Annotated[int | None, typer.Option(help="Processes that answer steps at the same address.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file: TCP addresses speak TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file: the certificate's key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: clients need a certificate it signed.")] = None,
+    operator_token_file: Annotated[
+        Path | None, typer.Option(help="The operator's token: every call needs a credential.")
+    ] = None,
 ) -> None:
     """Run the oracle server until SIGTERM."""
     from oracle_server.config import read_config
@@ -60,6 +58,10 @@ def serve(
             state_dir=state_dir,
             leases=not no_leases,
             shards=shards,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            operator_token_file=operator_token_file,
         )
         from oracle_server.server import serve as run
 
@@ -95,21 +97,3 @@ def recompute(
     sys.stdout.flush()
     if report.different:
         raise typer.Exit(FAILED)
-
-
-@_tenants.command("list")
-def list_tenants(target: Target = TARGET, json_output: Json = False) -> None:
-    """Every tenant with its limits; 0 means no limit."""
-    from oracle_server.cli.console import as_dict
-
-    with connect(target) as client:
-        from step_oracle.v1 import tenant_pb2 as pb
-
-        tenants = list(client.pages(client.tenants.ListTenants, pb.ListTenantsRequest(), "tenants"))
-    if json_output:
-        print_json([as_dict(tenant) for tenant in tenants])
-        return
-    print_table(
-        ("TENANT", "MAX ENGINES", "MAX PACKS", "MAX PACK BYTES"),
-        [(t.name, t.quota.max_engines, t.quota.max_packs, t.quota.max_pack_bytes) for t in tenants],
-    )

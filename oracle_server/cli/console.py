@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oracle_server.config import DEFAULT_TARGET
+from oracle_server.config import DEFAULT_TARGET, read_access
 from oracle_server.errors import InvalidArgument, OracleError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def connect(target: str) -> Iterator[Client]:
     """A client, whose errors end the command: 3 where no server answers, 1 where it refuses."""
     from oracle_server.rpc.client import Client, Refused, Unreachable
 
-    with exits(), Client(target) as client:
+    with exits(), Client(target, access=read_access(os.environ)) as client:
         try:
             yield client
         except Unreachable as error:

@@ -49,6 +49,7 @@ _Policy = Annotated[str | None, typer.Option(help="Steps outside the pack: serve
 _Lengths = Annotated[Path | None, typer.Option(help="Table of output lengths, from `lengths fit`.")]
 _Rate = Annotated[float | None, typer.Option(help="Probability that a draft token is accepted.")]
 _Scale = Annotated[float | None, typer.Option(help="Factor on every latency.")]
+_Comment = Annotated[str, typer.Option(help="Why, for the history.")]
 _Expected = Annotated[int, typer.Option(help="Refuse unless the experiment is at this generation.")]
 _Allow = Annotated[list[str] | None, typer.Option(help="Cold field that may differ; may be repeated.")]
 
@@ -64,6 +65,7 @@ def create(
     lengths: _Lengths = None,
     draft_acceptance_rate: _Rate = None,
     time_scale: _Scale = None,
+    comment: _Comment = "",
     tenant: Tenant = TENANT,
     target: Target = TARGET,
     json_output: Json = False,
@@ -78,7 +80,10 @@ def create(
             draft_acceptance_rate, time_scale,
         )  # fmt: skip
         request = pb.CreateExperimentRequest(
-            parent=full.rpartition("/experiments/")[0], experiment_id=full.rpartition("/")[2], binding=message
+            parent=full.rpartition("/experiments/")[0],
+            experiment_id=full.rpartition("/")[2],
+            binding=message,
+            comment=comment,
         )
         experiment = client.call(client.experiments.CreateExperiment, request).experiment
     _print_experiment(experiment, json_output)
@@ -98,6 +103,7 @@ def activate(
     expected_generation: _Expected = 0,
     allow_mismatch: _Allow = None,
     dry_run: Annotated[bool, typer.Option(help="Check only, change nothing.")] = False,
+    comment: _Comment = "",
     tenant: Tenant = TENANT,
     target: Target = TARGET,
     json_output: Json = False,
@@ -119,6 +125,7 @@ def activate(
             expected_generation=expected_generation or current.generation,
             allow_mismatch=allow_mismatch or (),
             validate_only=dry_run,
+            comment=comment,
         )
         response = client.call(client.experiments.ActivateExperiment, request)
     for warning in response.warnings:
@@ -132,6 +139,7 @@ def rollback(
     to_generation: Annotated[int, typer.Option(help="The generation to go back to [default: the one before].")] = 0,
     expected_generation: _Expected = 0,
     allow_mismatch: _Allow = None,
+    comment: _Comment = "",
     tenant: Tenant = TENANT,
     target: Target = TARGET,
     json_output: Json = False,
@@ -145,6 +153,7 @@ def rollback(
             to_generation=to_generation,
             expected_generation=expected_generation,
             allow_mismatch=allow_mismatch or (),
+            comment=comment,
         )
         experiment = client.call(client.experiments.RollBackExperiment, request).experiment
     _print_experiment(experiment, json_output)
@@ -207,8 +216,11 @@ def history(name: _Name, tenant: Tenant = TENANT, target: Target = TARGET, json_
         print_json([as_dict(record) for record in found])
         return
     print_table(
-        ("GENERATION", "REASON", "PACKS", "SEED", "CREATED"),
-        [(r.generation, r.reason, _packs(r.binding), r.binding.seed, _time(r.create_time)) for r in found],
+        ("GENERATION", "REASON", "PACKS", "SEED", "CREATED", "BY", "COMMENT"),
+        [
+            (r.generation, r.reason, _packs(r.binding), r.binding.seed, _time(r.create_time), r.principal, r.comment)
+            for r in found
+        ],
     )
 
 
@@ -223,7 +235,7 @@ def engines(name: _Name, tenant: Tenant = TENANT, target: Target = TARGET, json_
     if json_output:
         print_json([as_dict(engine) for engine in found])
         return
-    header = ("ENGINE", "STREAM", "STEPS", "LEASED", "EXTRAPOLATED", "LATE", "RECONNECTS", "PACK", "VLLM")
+    header = ("ENGINE", "STREAM", "STEPS", "LEASED", "EXTRAPOLATED", "LATE", "RECONNECTS", "DEGRADED", "PACK", "VLLM")
     print_table(
         header,
         [
@@ -235,6 +247,7 @@ def engines(name: _Name, tenant: Tenant = TENANT, target: Target = TARGET, json_
                 e.extrapolated_steps,
                 e.late_answers,
                 e.reconnects,
+                "yes" if e.degraded else "no",
                 e.pack_digest[:19],
                 e.vllm_version,
             )

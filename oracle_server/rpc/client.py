@@ -12,7 +12,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from oracle_server import pack as packs
+from oracle_server.config import ANONYMOUS, Access
 from oracle_server.errors import OracleError, PackInvalid, Unavailable
+from oracle_server.rpc.channel import open_channel
 from step_oracle.v1 import (
     experiment_pb2_grpc,
     oracle_service_pb2_grpc,
@@ -40,11 +42,10 @@ class Refused(OracleError):
 class Client:
     """One connection with the four services as stubs; every call goes through `call` or `stream`."""
 
-    def __init__(self, target: str, timeout_seconds: float = 30.0) -> None:
+    def __init__(self, target: str, timeout_seconds: float = 30.0, *, access: Access = ANONYMOUS) -> None:
         self._target = target
         self._timeout_seconds = timeout_seconds
-        # A proxy for the web is no way to a server on loopback.
-        self._channel = grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)])
+        self._channel = open_channel(target, access)
         self.oracle = oracle_service_pb2_grpc.OracleServiceStub(self._channel)
         self.packs = pack_pb2_grpc.ProfilePackServiceStub(self._channel)
         self.experiments = experiment_pb2_grpc.ExperimentServiceStub(self._channel)
@@ -113,6 +114,6 @@ class Client:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return Unreachable(
                 f"no oracle server answers at {self._target} ({error.details()}); start one with `step-oracle serve`, "
-                "or give --target or STEP_ORACLE_TARGET"
+                "or give --target or STEP_ORACLE_TARGET; STEP_ORACLE_TLS_CA where it speaks TLS"
             )
         return Refused(f"{error.code().name}: {error.details()}", code=error.code().name, reason="", metadata={})

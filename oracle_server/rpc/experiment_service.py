@@ -13,7 +13,8 @@ from oracle_server.rpc.step_stream import Events
 from oracle_server.state import names
 from oracle_server.state.experiments import LiveExperiment
 from oracle_server.state.node import Node
-from oracle_server.state.store import GenerationRow
+from oracle_server.state.principal import CALLER
+from oracle_server.state.store import Author, GenerationRow
 from step_oracle.v1 import experiment_pb2 as pb
 from step_oracle.v1 import experiment_pb2_grpc
 
@@ -31,8 +32,10 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
         """EXPERIMENT_EXISTS, PACK_NOT_FOUND, INVALID_ARGUMENT."""
         tenant = names.parse_tenant(request.parent, "parent")
         await self.node.tenant(tenant)
-        live = await self.node.experiments.create(tenant, request.experiment_id, wire.read_binding(request.binding))
-        self._events.info("activated", experiment=live.name, generation=live.current.generation, how="create")
+        live = await self.node.experiments.create(
+            tenant, request.experiment_id, wire.read_binding(request.binding), _author(request.comment)
+        )
+        self._say(live, live.current)
         return pb.CreateExperimentResponse(experiment=self._experiment(live, live.current))
 
     @unary
@@ -66,6 +69,7 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
                 request.expected_generation,
                 frozenset(request.allow_mismatch),
                 validate_only=request.validate_only,
+                author=_author(request.comment),
             )
         except OracleError as error:
             self._refused(live, error)
@@ -84,7 +88,11 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
         live = await self._find(request.name, "name")
         try:
             activation = await self.node.experiments.roll_back(
-                live.name, request.to_generation, request.expected_generation, frozenset(request.allow_mismatch)
+                live.name,
+                request.to_generation,
+                request.expected_generation,
+                frozenset(request.allow_mismatch),
+                _author(request.comment),
             )
         except OracleError as error:
             self._refused(live, error)
@@ -126,7 +134,7 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
         """Refused while engines are attached."""
         live = await self._find(request.name, "name")
         await self.node.experiments.delete(live.name)
-        self._events.info("deleted", experiment=live.name)
+        self._events.info("deleted", experiment=live.name, by=CALLER.get().name)
         return pb.DeleteExperimentResponse()
 
     async def _find(self, name: str, field: str) -> LiveExperiment:
@@ -139,11 +147,24 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
 
     def _activated(self, live: LiveExperiment, record: GenerationRow) -> None:
         self.metrics.count_swap("ok")
-        self._events.info("activated", experiment=live.name, generation=record.generation, how=record.reason)
+        self._say(live, record)
+
+    def _say(self, live: LiveExperiment, record: GenerationRow) -> None:
+        self._events.info(
+            "activated",
+            experiment=live.name,
+            generation=record.generation,
+            how=record.reason,
+            by=record.author.principal,
+        )
 
     def _refused(self, live: LiveExperiment, error: OracleError) -> None:
         self.metrics.count_swap(error.reason)
         self._events.info("refused", experiment=live.name, reason=error.reason, why=error.message)
+
+
+def _author(comment: str) -> Author:
+    return Author(CALLER.get().name, comment)
 
 
 def _generation_before(page_token: str) -> int:

@@ -105,7 +105,8 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
         await self.node.tenant_of(identity.experiment)
         if len(request.steps) > MAX_SAMPLE_STEPS:
             raise InvalidArgument(f"{len(request.steps)} steps; allowed in one call: {MAX_SAMPLE_STEPS}", field="steps")
-        snapshot = self.node.experiments.find(identity.experiment).snapshot
+        live = self.node.experiments.find(identity.experiment)
+        snapshot = live.snapshot
         snapshot.check_generation(request.min_generation)
         plan = snapshot.plan(identity)
         response = pb.SampleStepResponse()
@@ -114,4 +115,5 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
             answer = plan.answer(step.step_index, query, drafts, new_requests)
             wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
             self.metrics.steps[answer.support] += 1
+            live.sampled_steps += 1
         return response

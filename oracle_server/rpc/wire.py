@@ -12,13 +12,13 @@ from oracle_server.errors import BadStep, InvalidArgument
 from oracle_server.sampling.answer import DecodeRecord
 from oracle_server.sampling.shape import StepQuery, check_query
 from oracle_server.state import binding as bindings
-from oracle_server.state import names
+from oracle_server.state import names, principal, store
 from oracle_server.state.binding import Binding, LengthClass, LengthTable, Overlay, Rule
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import LiveExperiment
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.snapshot import EnginePlan, NewRequest, StepAnswer
-from oracle_server.state.store import GenerationRow, PackRow, TenantRow
+from oracle_server.state.store import GenerationRow, PackRow, TenantRow, TokenRow
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2, tenant_pb2
 
 MAX_CHUNKS = 4096
@@ -37,6 +37,17 @@ _POLICIES = {
     experiment_pb2.SUPPORT_POLICY_SERVE: bindings.SUPPORT_SERVE,
     experiment_pb2.SUPPORT_POLICY_REFUSE: bindings.SUPPORT_REFUSE,
 }
+_QUOTA = ("max_engines", "max_steps_per_second", "max_packs", "max_pack_bytes", "max_streams")
+_OVER_RATE = {
+    store.OVER_RATE_MARK: tenant_pb2.OVER_RATE_POLICY_MARK,
+    store.OVER_RATE_DETACH: tenant_pb2.OVER_RATE_POLICY_DETACH,
+}
+_SCOPES = {
+    principal.SCOPE_ENGINE: tenant_pb2.TOKEN_SCOPE_ENGINE,
+    principal.SCOPE_ADMIN: tenant_pb2.TOKEN_SCOPE_ADMIN,
+}
+# As the database keeps integers.
+_MAX_QUOTA = (1 << 63) - 1
 
 
 # Steps
@@ -174,6 +185,7 @@ def write_engine(record: EngineRecord, generation: int) -> experiment_pb2.Attach
         late_answers=counts.late_answers,
         leased_steps=counts.leased_steps,
         reconnects=counts.reconnects,
+        degraded=record.degraded,
     )
 
 
@@ -309,6 +321,8 @@ def write_generation(record: GenerationRow) -> experiment_pb2.GenerationRecord:
         binding=write_binding(record.binding),
         create_time=timestamp(record.create_time_ns),
         reason=record.reason,
+        principal=record.author.principal,
+        comment=record.author.comment,
     )
 
 
@@ -331,11 +345,42 @@ def write_tenant(row: TenantRow) -> tenant_pb2.Tenant:
     return tenant_pb2.Tenant(
         name=names.tenant_name(row.tenant),
         quota=tenant_pb2.TenantQuota(
-            max_engines=row.max_engines,
-            max_steps_per_second=row.max_steps_per_second,
-            max_packs=row.max_packs,
-            max_pack_bytes=row.max_pack_bytes,
+            **{name: getattr(row, name) for name in _QUOTA}, over_rate=_OVER_RATE[row.over_rate]
         ),
+    )
+
+
+def read_tenant(tenant: str, quota: tenant_pb2.TenantQuota) -> TenantRow:
+    """A tenant with this quota; InvalidArgument."""
+    limits = {name: getattr(quota, name) for name in _QUOTA}
+    for name, value in limits.items():
+        if value > _MAX_QUOTA:
+            raise InvalidArgument(f"quota.{name} is {value}; allowed: 0 (no limit) to 2^63 - 1", field=f"quota.{name}")
+    policies = {number: policy for policy, number in _OVER_RATE.items()}
+    over_rate = policies.get(quota.over_rate or tenant_pb2.OVER_RATE_POLICY_MARK)
+    if over_rate is None:
+        raise InvalidArgument(
+            f"quota.over_rate is {quota.over_rate}; allowed: MARK and DETACH", field="quota.over_rate"
+        )
+    return TenantRow(tenant, **limits, over_rate=over_rate)
+
+
+def read_scope(scope: int) -> str:
+    """A scope as the state keeps it; InvalidArgument."""
+    for name, number in _SCOPES.items():
+        if number == scope:
+            return name
+    raise InvalidArgument(f"scope is {scope}; allowed: ENGINE and ADMIN", field="scope")
+
+
+def write_token(row: TokenRow) -> tenant_pb2.Token:
+    """A token without its secret."""
+    return tenant_pb2.Token(
+        name=names.token_name(row.tenant, row.number),
+        scope=_SCOPES[row.scope],
+        comment=row.comment,
+        create_time=timestamp(row.create_time_ns),
+        revoke_time=timestamp(row.revoke_time_ns) if row.revoke_time_ns else None,
     )
 
 

@@ -16,7 +16,7 @@ import msgspec
 from oracle_server.errors import InvalidArgument, OracleError, Unavailable
 from oracle_server.rpc.status import internal
 
-_SERVICE = "step_oracle.shards"
+SERVICE = "step_oracle.shards"
 # A shard that dies is another process at the same path: connect anew without delay.
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -40,7 +40,7 @@ class Method(Generic[_Request, _Response]):
 
     def __init__(self, name: str, request: type[_Request], response: type[_Response]) -> None:
         self.name = name
-        self.path = f"/{_SERVICE}/{name}"
+        self.path = f"/{SERVICE}/{name}"
         self.request: msgspec.msgpack.Decoder[_Request] = msgspec.msgpack.Decoder(request)
         self.response: msgspec.msgpack.Decoder[_Response] = msgspec.msgpack.Decoder(response)
 
@@ -105,7 +105,7 @@ def handler_of(
 ) -> grpc.GenericRpcHandler[bytes, bytes]:
     """What a server needs to answer these methods."""
     handlers = {method.name: grpc.unary_unary_rpc_method_handler(_answer(method, act)) for method, act in methods}
-    return grpc.method_handlers_generic_handler(_SERVICE, handlers)
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 def write_failure(error: OracleError) -> Failure:

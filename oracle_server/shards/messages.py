@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from oracle_server.config import TlsFiles
 from oracle_server.pack import EngineFacts
 from oracle_server.shards.calls import Failure, Method
+from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineCounts
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.store import ExperimentRow
@@ -26,6 +28,9 @@ class ShardTask(msgspec.Struct, frozen=True):
     # Where the parent answers, and where the shard answers the parent.
     parent: str
     control: str
+    tls: TlsFiles | None
+    # Whether callers need a credential.
+    gated: bool
 
 
 class OpenStream(msgspec.Struct, frozen=True):
@@ -76,10 +81,13 @@ class Serving(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The counts of a shard since its start, by the names of Metrics; those of its open streams since their opening."""
+    """The counts of a shard since its start, by the names of Metrics; those of its open streams since their opening;
+    steps answered without a stream since its start, by experiment.
+    """
 
     metrics: dict[str, Any]
     streams: dict[int, EngineCounts]
+    sampled: dict[str, int] = {}
 
 
 # To the parent. None: nothing to say.
@@ -92,6 +100,7 @@ FIND_TENANT = Method("FindTenant", str, type(None))
 PREPARE = Method("Prepare", tuple[str, ...], type(None))
 FOLLOW = Method("Follow", ExperimentRow, type(None))
 FORGET = Method("Forget", str, type(None))
+ADMIT = Method("Admit", Admission, type(None))
 SERVE = Method("Serve", Serve, Serving)
 SET_HEALTHY = Method("SetHealthy", type(None), type(None))
 END_STREAM = Method("EndStream", EndStream, type(None))

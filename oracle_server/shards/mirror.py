@@ -13,11 +13,14 @@ from oracle_server.errors import Draining, OracleError, StaleGeneration, Unavail
 from oracle_server.shards.calls import Peer, read_failure
 from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, CloseStream, EndStream, OpenStream
 from oracle_server.state import names
+from oracle_server.state.credentials import Admission, Credentials
 from oracle_server.state.engines import EngineCounts, EngineRecord, EngineStream
 from oracle_server.state.experiments import LiveExperiment, not_found
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.kernels import warm_kernels
 from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.principal import CALLER
+from oracle_server.state.rates import over_rate
 from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import ExperimentRow
 
@@ -37,6 +40,8 @@ class Mirror:
         self._parent = parent
         self._warm = False
         self._draining = False
+        self._over_rate: frozenset[str] = frozenset()
+        self.credentials = Credentials()
         self.experiments = MirroredExperiments()
         self.attachments = MirroredStreams(self.experiments, parent, process)
 
@@ -45,6 +50,9 @@ class Mirror:
         if self._draining:
             raise Draining("the server is stopping; retry, here or elsewhere")
         tenant, experiment = names.parse_experiment(experiment_name, "experiment")
+        CALLER.get().check_tenant(tenant)
+        if tenant in self._over_rate:
+            raise over_rate(tenant)
         if names.experiment_name(tenant, experiment) not in self.experiments.live:
             await self._parent.call(FIND_TENANT, tenant, PARENT_SECONDS)
 
@@ -71,6 +79,15 @@ class Mirror:
     async def forget(self, name: str) -> None:
         """Answer for this experiment no more."""
         self.experiments.live.pop(name, None)
+
+    async def admit(self, admission: Admission) -> None:
+        """Take these callers from now on, and end what was opened by others."""
+        self._over_rate = admission.over_rate
+        self.credentials.replace(admission.principals)
+
+    def sampled(self) -> dict[str, int]:
+        """Steps answered without a stream, by experiment."""
+        return {name: live.sampled_steps for name, live in self.experiments.live.items()}
 
     def drain(self) -> None:
         """End every stream with Draining."""

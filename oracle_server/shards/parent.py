@@ -12,16 +12,20 @@ import grpc
 from oracle_server.config import ServerConfig
 from oracle_server.errors import StoreFailed
 from oracle_server.logs import configure
+from oracle_server.operator_file import OperatorFile
+from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
-from oracle_server.server import add_services, address_of, bind, options, serve_metrics, started
+from oracle_server.server import add_services, address_of, bind, guard, options, serve_metrics, started
 from oracle_server.shards.addresses import Reservation
-from oracle_server.shards.calls import handler_of
+from oracle_server.shards.calls import SERVICE, handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
 from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, ShardTask
 from oracle_server.shards.pool import ShardPool
 from oracle_server.shards.streams import ShardStreams
 from oracle_server.state.node import Node
+from oracle_server.tls import Certificates
 
 # Length of a Unix socket's path, its closing zero apart.
 _PATH_BYTES = 107
@@ -32,13 +36,27 @@ async def serve_sharded(config: ServerConfig) -> int:
     refused = take_scheduling(config.scheduling)
     metrics = Metrics()
     events, log_writer = configure(metrics.count_dropped_line)
+    operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
+    if config.tls:
+        # Each shard reads the files itself; what is wrong with them is said here, once.
+        Certificates(config.tls)
     socket = _socket_path(config)
     reservation = Reservation(config.listen)
 
     def task_of(shard: int, process: int) -> ShardTask:
         listen, state_dir = reservation.of_shard(shard), str(config.state_dir)
-        parent, control = f"unix:{socket}", f"unix:{_of_shard(socket, shard)}"
-        return ShardTask(shard, process, os.getpid(), listen, state_dir, config.leases, parent, control)
+        return ShardTask(
+            shard,
+            process,
+            os.getpid(),
+            listen,
+            state_dir,
+            config.leases,
+            f"unix:{socket}",
+            f"unix:{_of_shard(socket, shard)}",
+            config.tls,
+            operator is not None,
+        )
 
     async def total() -> Metrics:
         await pool.count()
@@ -50,7 +68,8 @@ async def serve_sharded(config: ServerConfig) -> int:
     pool = ShardPool(config.shards, task_of, events)
     node = Node(config.state_dir, followers=pool)
     streams = ShardStreams(node)
-    server = grpc.aio.server(options=options())
+    gates = () if operator is None else (Gate(node.credentials, metrics, open_services=(SERVICE,)),)
+    server = grpc.aio.server(interceptors=gates, options=options())
     add_services(server, node, metrics, events, leases=config.leases)
     server.add_generic_rpc_handlers(
         (handler_of([(OPEN_STREAM, streams.open), (CLOSE_STREAM, streams.close), (FIND_TENANT, streams.find_tenant)]),)
@@ -60,19 +79,25 @@ async def serve_sharded(config: ServerConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     metrics_server = None
+    guards: list[asyncio.Task[None]] = []
     try:
-        metrics_server = serve_metrics(config, SummedCollector(total, node.experiments, loop))
+        metrics_server = serve_metrics(
+            config, SummedCollector(total, node.experiments, loop), TenantCollector(node.rates)
+        )
         bind(server, (f"unix:{socket}",))
         await server.start()
         pool.start()
         started(config, events, reservation.addresses, refused)
-        compiled = await node.open()
+        compiled = await node.open(() if operator is None else operator.hashes)
         addresses = ", ".join(await pool.join(node, streams))
+        guards = guard(node, operator)
         metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])
         events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled), shards=config.shards)
         print(f"step-oracle: ready at {addresses}; metrics {metrics_address}; state {config.state_dir}", flush=True)
         await stop.wait()
     finally:
+        for task in guards:
+            task.cancel()
         node.experiments.drain()
         await pool.drain(config.drain_seconds)
         await server.stop(0)

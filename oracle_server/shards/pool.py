@@ -20,6 +20,7 @@ from oracle_server.rpc.status import internal
 from oracle_server.rpc.step_stream import Events
 from oracle_server.shards.counts import add_counts, counts_of
 from oracle_server.shards.messages import (
+    ADMIT,
     COUNT,
     DRAIN,
     FOLLOW,
@@ -33,6 +34,7 @@ from oracle_server.shards.messages import (
 )
 from oracle_server.shards.process import ShardProcess
 from oracle_server.shards.streams import ShardStreams
+from oracle_server.state.credentials import Admission
 from oracle_server.state.node import Node
 from oracle_server.state.store import ExperimentRow
 
@@ -130,6 +132,10 @@ class ShardPool:
         """As Followers.count, and the shards' own counts with it."""
         await asyncio.gather(*(self._count(shard) for shard in self._serving()))
 
+    async def admit(self, admission: Admission) -> None:
+        """As Followers.admit."""
+        await asyncio.gather(*(self._tell(shard, ADMIT, admission) for shard in self._serving()))
+
     # Below: one shard
 
     def _serving(self) -> list[ShardProcess]:
@@ -215,6 +221,7 @@ class ShardPool:
         try:
             for row in rows:
                 await process.peer.call(FOLLOW, row, FOLLOW_SECONDS)
+            await process.peer.call(ADMIT, self._node.tenants.admission(), FOLLOW_SECONDS)
             self._streams.add_shard(process.number, process.peer)
             serving = await process.peer.call(SERVE, Serve(self._healthy), FOLLOW_SECONDS)
         except OracleError:
@@ -241,6 +248,7 @@ class ShardPool:
         report = await shard.peer.call(COUNT, None, COUNT_SECONDS, wait=wait)
         shard.report = report
         self._streams.count(shard.number, report.streams)
+        self._streams.count_sampled(shard.number, report.sampled)
 
     async def _drain(self, shard: ShardProcess, drain_seconds: float) -> None:
         if shard.serving:

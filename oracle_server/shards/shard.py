@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
 from oracle_server.logs import configure
+from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.server import SERVICES, add_health, bind, options
@@ -24,6 +25,7 @@ from oracle_server.shards.calls import SERVER_OPTIONS, Peer, handler_of
 from oracle_server.shards.counts import counts_of
 from oracle_server.shards.forwarding import Forwarding
 from oracle_server.shards.messages import (
+    ADMIT,
     COUNT,
     DRAIN,
     END_STREAM,
@@ -40,6 +42,7 @@ from oracle_server.shards.messages import (
 )
 from oracle_server.shards.mirror import Mirror
 from oracle_server.state.node import Node
+from oracle_server.tls import Certificates
 from step_oracle.v1 import oracle_service_pb2_grpc
 
 # What a shard answers itself; every other method of SERVICES is the parent's.
@@ -71,7 +74,9 @@ class Shard:
         self._mirror = Mirror(Path(task.state_dir), parent, task.process)
         self._health = HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._server = grpc.aio.server(options=options(shared_port=True))
+        # Of what is forwarded the parent asks itself who calls.
+        gates = (Gate(self._mirror.credentials, self._metrics, only=OWN_METHODS),) if task.gated else ()
+        self._server = grpc.aio.server(interceptors=gates, options=options(shared_port=True))
         self._server.add_generic_rpc_handlers((Forwarding(task.parent, SERVICES, OWN_METHODS),))
         # AttachEngine, the one method that needs more of a node than a mirror has, is forwarded.
         oracle = OracleService(cast(Node, self._mirror), self._metrics, self._events, leases=task.leases)
@@ -90,6 +95,7 @@ class Shard:
                 (PREPARE, self._mirror.prepare),
                 (FOLLOW, self._mirror.follow),
                 (FORGET, self._mirror.forget),
+                (ADMIT, self._mirror.admit),
                 (SERVE, self._serve),
                 (SET_HEALTHY, self._set_healthy),
                 (END_STREAM, self._end_stream),
@@ -99,7 +105,8 @@ class Shard:
         )
 
     async def _serve(self, request: Serve) -> Serving:
-        addresses = bind(self._server, self._task.listen)
+        certificates = Certificates(self._task.tls) if self._task.tls else None
+        addresses = bind(self._server, self._task.listen, certificates)
         # Nothing of the start is garbage any more: the collector need not look at it while steps are answered.
         gc.collect()
         gc.freeze()
@@ -119,7 +126,7 @@ class Shard:
         self._mirror.attachments.end(request)
 
     async def _count(self, _: None) -> Report:
-        return Report(counts_of(self._metrics), self._mirror.attachments.counts())
+        return Report(counts_of(self._metrics), self._mirror.attachments.counts(), self._mirror.sampled())
 
     async def _drain(self, drain_seconds: float) -> Report:
         # A peer that watches its health and does not read must not hold up the end.

@@ -57,6 +57,8 @@ class ShardStreams:
         self._open: dict[tuple[int, int], _Open] = {}
         # Closed before they were open here: the shard gave up waiting for consent, and the two calls may cross.
         self._given_up: set[tuple[int, int]] = set()
+        # Steps answered without a stream, by process and experiment, that are in those of the experiment.
+        self._sampled: dict[tuple[int, str], int] = {}
 
     def add_shard(self, process: int, shard: Peer) -> None:
         """Let a process open streams."""
@@ -65,6 +67,7 @@ class ShardStreams:
     async def drop_shard(self, process: int) -> None:
         """Close every stream of a process that has ended."""
         self._shards.pop(process, None)
+        self._sampled = {key: steps for key, steps in self._sampled.items() if key[0] != process}
         for place in [place for place in self._open if place[0] == process]:
             await self._close(place, by_engine=False)
         self._given_up = {place for place in self._given_up if place[0] != process}
@@ -110,6 +113,15 @@ class ShardStreams:
             for name in _COUNTS:
                 setattr(total, name, getattr(total, name) + getattr(now, name) - getattr(before, name))
             opened.counted = now
+
+    def count_sampled(self, process: int, sampled: Mapping[str, int]) -> None:
+        """Bring the experiments up to date, given the steps answered without a stream since the process started."""
+        living = {live.name: live for live in self._node.experiments.all()}
+        for name in sampled.keys() & living.keys():
+            before = self._sampled.get((process, name), 0)
+            # Fewer than before: deleted and created anew meanwhile.
+            living[name].sampled_steps += sampled[name] - (before if before <= sampled[name] else 0)
+            self._sampled[process, name] = sampled[name]
 
     async def _close(self, place: tuple[int, int], *, by_engine: bool) -> None:
         opened = self._open.pop(place, None)

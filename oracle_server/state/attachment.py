@@ -115,7 +115,7 @@ class Attachments:
         known = live.engines.get(identity.engine_id)
         if known is not None and known.is_live(now):
             raise _taken(identity, known, now)
-        await self._check_quota(live, now)
+        await self._check_quota(live, identity.engine_id, now)
         _check_speculation(live, facts)
         passed, refused = check_engine(pack, facts, allowed, frozen=False)
         if refused:
@@ -172,6 +172,10 @@ class Attachments:
         now = self._monotonic()
         self._forget_the_gone(live, now)
         record = live.engines.get(identity.engine_id)
+        if record is None or not record.may_return(now):
+            # It attached before this server started, or never: the quota binds it all the same.
+            await self._check_quota(live, identity.engine_id, now)
+        await self._experiments.check_streams(live.tenant, instead_of=record)
         if record is None or record.incarnation != incarnation:
             record = EngineRecord(identity, facts, incarnation, pack.digest, allowed, since=now)
             live.engines[identity.engine_id] = record
@@ -216,12 +220,13 @@ class Attachments:
             ),
         )
 
-    async def _check_quota(self, live: LiveExperiment, now: float) -> None:
+    async def _check_quota(self, live: LiveExperiment, engine_id: str, now: float) -> None:
+        """QuotaExceeded unless the tenant may have this engine beside its others, those included that may return."""
         limit = (await self._experiments.tenant(live.tenant)).max_engines
         if not limit:
             return
         attached = sum(
-            engine.is_live(now)
+            engine.may_return(now) and (other is not live or engine.identity.engine_id != engine_id)
             for other in self._experiments.all()
             if other.tenant == live.tenant
             for engine in other.engines.values()

@@ -56,6 +56,9 @@ class EngineRecord:
     ended: bool = False
     closed: bool = False
     counts: EngineCounts = field(default_factory=EngineCounts)
+    # counts.steps as of the last look at its tenant's rate, and whether it took some while that was over the quota.
+    rated_steps: int = 0
+    degraded: bool = False
 
     def is_live(self, now: float) -> bool:
         """True while it has a stream, or may still open its first one: nobody else can have its id."""

@@ -20,16 +20,18 @@ from oracle_server.errors import (
     GenerationNotFound,
     InvalidArgument,
     PackNotFound,
+    QuotaExceeded,
     TenantNotFound,
 )
 from oracle_server.state import binding as bindings
 from oracle_server.state import names
 from oracle_server.state.binding import Binding
+from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineRecord, check_activation
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.records import Records
 from oracle_server.state.snapshot import LoadedPack, Snapshot
-from oracle_server.state.store import ExperimentRow, GenerationRow, TenantRow
+from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
 
 WATCH_BATCH = 100
 
@@ -45,8 +47,11 @@ class LiveExperiment:
         "engines",
         "experiment",
         "name",
+        "rated_steps",
+        "sampled_steps",
         "snapshot",
         "tenant",
+        "watches",
     )
 
     def __init__(self, row: ExperimentRow, snapshot: Snapshot) -> None:
@@ -58,6 +63,10 @@ class LiveExperiment:
         self.snapshot = snapshot
         self.engines: dict[str, EngineRecord] = {}
         self.deleted = False
+        # Steps answered by SampleStep, and how many there were at the last look at the tenant's rate.
+        self.sampled_steps = self.rated_steps = 0
+        # Open WatchExperiment calls.
+        self.watches = 0
         # Replaced at every change; whoever waits takes the event first and looks at the state after.
         self.changed = asyncio.Event()
 
@@ -99,6 +108,9 @@ class Followers(Protocol):
     async def count(self) -> None:
         """Add what the engines did elsewhere to their records."""
 
+    async def admit(self, admission: Admission) -> None:
+        """Answer these callers, and end what was opened by others. Never fails."""
+
 
 class Alone:
     """No other process: this one answers all steps."""
@@ -113,6 +125,9 @@ class Alone:
         """Nothing to do."""
 
     async def count(self) -> None:
+        """Nothing to do."""
+
+    async def admit(self, admission: Admission) -> None:
         """Nothing to do."""
 
 
@@ -177,31 +192,48 @@ class Experiments:
             )
         return row
 
-    async def create(self, tenant: str, experiment: str, binding: Binding) -> LiveExperiment:
+    async def create(
+        self, tenant: str, experiment: str, binding: Binding, author: Author = LOCAL_AUTHOR
+    ) -> LiveExperiment:
         """A new experiment; ExperimentExists, PackNotFound, InvalidArgument."""
         names.check_experiment_id(experiment, "experiment_id")
+        names.check_comment(author.comment, "comment")
         bindings.check(binding)
         await self.tenant(tenant)
         loaded = await self._load_packs(tenant, binding)
-        return await self._records.change(self._create(tenant, experiment, binding, loaded))
+        return await self._records.change(self._create(tenant, experiment, binding, loaded, author))
 
     async def activate(
-        self, name: str, binding: Binding, expected_generation: int, allowed: frozenset[str], *, validate_only: bool
+        self,
+        name: str,
+        binding: Binding,
+        expected_generation: int,
+        allowed: frozenset[str],
+        *,
+        validate_only: bool,
+        author: Author = LOCAL_AUTHOR,
     ) -> Activation:
         """Make another binding answer; PackNotFound, GenerationConflict, EngineMismatch, InvalidArgument."""
         live = self.find(name)
+        names.check_comment(author.comment, "comment")
         bindings.check(binding)
         _check_expected(live, expected_generation)
         # Packs are mapped and warm before the lock is taken: streams open and engines attach meanwhile.
         loaded = await self._load_packs(live.tenant, binding)
-        change = self._activate(name, binding, expected_generation, allowed, "activate", loaded, validate_only)
+        change = self._activate(name, binding, expected_generation, allowed, "activate", loaded, validate_only, author)
         return await self._records.change(change)
 
     async def roll_back(
-        self, name: str, to_generation: int, expected_generation: int, allowed: frozenset[str]
+        self,
+        name: str,
+        to_generation: int,
+        expected_generation: int,
+        allowed: frozenset[str],
+        author: Author = LOCAL_AUTHOR,
     ) -> Activation:
         """Activate the binding of an earlier generation as a new one; GenerationNotFound and as `activate`."""
         live = self.find(name)
+        names.check_comment(author.comment, "comment")
         _check_expected(live, expected_generation)
         # 0 means the one before the current; what "current" is, is pinned by the expectation passed on below.
         seen = live.current.generation
@@ -215,12 +247,35 @@ class Experiments:
             )
         loaded = await self._load_packs(live.tenant, row.binding)
         reason = f"roll back to {target}"
-        change = self._activate(name, row.binding, expected_generation or seen, allowed, reason, loaded, False)
+        change = self._activate(name, row.binding, expected_generation or seen, allowed, reason, loaded, False, author)
         return await self._records.change(change)
 
     async def watch(self, name: str, after_generation: int) -> AsyncIterator[tuple[LiveExperiment, GenerationRow]]:
         """The present generation, unless it is `after_generation`, then each new one."""
         live = self.find(name)
+        await self.check_streams(live.tenant)
+        live.watches += 1
+        try:
+            async for watched in self._watch(live, after_generation):
+                yield watched
+        finally:
+            live.watches -= 1
+
+    async def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
+        """QuotaExceeded unless the tenant may open one more stream; that of the engine `instead_of` does not count."""
+        limit = (await self.tenant(tenant)).max_streams
+        mine = [live for live in self._live.values() if live.tenant == tenant]
+        engines = sum(e.stream is not None and e is not instead_of for live in mine for e in live.engines.values())
+        watches = sum(live.watches for live in mine)
+        if limit and engines + watches >= limit:
+            raise QuotaExceeded(
+                f"{names.tenant_name(tenant)} has {engines} engine streams and {watches} watches open; allowed "
+                f"together: {limit}"
+            )
+
+    async def _watch(
+        self, live: LiveExperiment, after_generation: int
+    ) -> AsyncIterator[tuple[LiveExperiment, GenerationRow]]:
         last = live.current.generation
         if last != after_generation:
             yield live, live.current
@@ -229,7 +284,7 @@ class Experiments:
             if self._draining:
                 raise Draining("the server is stopping; watch again, here or elsewhere")
             if live.deleted:
-                raise ExperimentNotFound(f"the experiment {name} has been deleted")
+                raise ExperimentNotFound(f"the experiment {live.name} has been deleted")
             if live.current.generation == last:
                 await changed.wait()
                 continue
@@ -271,16 +326,17 @@ class Experiments:
     # Below: the changes themselves, under the lock of `Records.change`.
 
     async def _create(
-        self, tenant: str, experiment: str, binding: Binding, loaded: dict[str, LoadedPack]
+        self, tenant: str, experiment: str, binding: Binding, loaded: dict[str, LoadedPack], author: Author
     ) -> LiveExperiment:
         name = names.experiment_name(tenant, experiment)
+        await self.tenant(tenant)
         if name in self._live:
             raise ExperimentExists(
                 f"the experiment {name} exists; `step-oracle experiment activate` changes what it answers"
             )
         await self._check_packs(tenant, binding)
         store = self._records.store
-        row = await self._records.call(store.create_experiment, tenant, experiment, binding, self._now_ns())
+        row = await self._records.call(store.create_experiment, tenant, experiment, binding, self._now_ns(), author)
         await self._followers.follow(row)
         live = LiveExperiment(row, Snapshot(name, row.current.generation, binding, loaded))
         self._live[name] = live
@@ -295,11 +351,12 @@ class Experiments:
         reason: str,
         loaded: dict[str, LoadedPack],
         validate_only: bool,
+        author: Author,
     ) -> Activation:
         live = self.find(name)
         _check_expected(live, expected_generation)
         await self._check_packs(live.tenant, binding)
-        record = GenerationRow(live.current.generation + 1, binding, self._now_ns(), reason)
+        record = GenerationRow(live.current.generation + 1, binding, self._now_ns(), reason, author)
         snapshot = Snapshot(name, record.generation, binding, loaded)
         now = self._monotonic()
         engines = [engine for engine in live.engines.values() if engine.may_return(now)]

@@ -1,4 +1,4 @@
-"""Resource names: tenants/{tenant}, tenants/{tenant}/experiments/{experiment}, tenants/{tenant}/packs/{digest}."""
+"""Resource names: tenants/{tenant}, and below it experiments/{experiment}, packs/{digest}, tokens/{number}."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ID_RULE = "1 to 63 of a-z, 0-9 and -, beginning with a letter or digit"
 
 MAX_ENGINE_ID_BYTES = 256
+MAX_COMMENT = 1000
 
 
 def tenant_name(tenant: str) -> str:
@@ -26,6 +27,11 @@ def experiment_name(tenant: str, experiment: str) -> str:
 def pack_name(tenant: str, digest: str) -> str:
     """The name of a stored pack."""
     return f"tenants/{tenant}/packs/{digest}"
+
+
+def token_name(tenant: str, number: int) -> str:
+    """The name of a token."""
+    return f"tenants/{tenant}/tokens/{number}"
 
 
 def parse_tenant(name: str, field: str) -> str:
@@ -55,6 +61,31 @@ def parse_pack(name: str, field: str) -> tuple[str, str]:
     if not well_formed or not _ID.fullmatch(parts[1]):
         raise InvalidArgument(f"{field} is {_shown(name)}; a pack is named tenants/TENANT/packs/DIGEST", field=field)
     return parts[1], check_digest(parts[3], field)
+
+
+def parse_token(name: str, field: str) -> tuple[str, int]:
+    """Tenant and number in tenants/{tenant}/tokens/{number}."""
+    parts = name.split("/")
+    well_formed = len(parts) == 4 and parts[0] == "tenants" and parts[2] == "tokens"
+    if not well_formed or not _ID.fullmatch(parts[1]) or not re.fullmatch(r"[1-9][0-9]{0,17}", parts[3]):
+        raise InvalidArgument(
+            f"{field} is {_shown(name)}; a token is named tenants/TENANT/tokens/NUMBER, {_ID_RULE}", field=field
+        )
+    return parts[1], int(parts[3])
+
+
+def check_tenant_id(tenant: str, field: str) -> str:
+    """The id itself, if it can be the second part of a name."""
+    if not _ID.fullmatch(tenant):
+        raise InvalidArgument(f"{field} is {_shown(tenant)}; allowed: {_ID_RULE}", field=field)
+    return tenant
+
+
+def check_comment(comment: str, field: str) -> str:
+    """The comment itself, if it is short enough to be kept."""
+    if len(comment) > MAX_COMMENT:
+        raise InvalidArgument(f"{field} has {len(comment)} characters; allowed: {MAX_COMMENT}", field=field)
+    return comment
 
 
 def check_experiment_id(experiment: str, field: str) -> str:

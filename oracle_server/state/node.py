@@ -5,19 +5,23 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from oracle_server.errors import Starting, StoreFailed
 from oracle_server.state import names
 from oracle_server.state.attachment import Attachments
+from oracle_server.state.credentials import Credentials
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import Alone, Experiments, Followers, LiveExperiment
 from oracle_server.state.kernels import warm_kernels
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.packs import Packs
+from oracle_server.state.principal import CALLER
+from oracle_server.state.rates import StepRates
 from oracle_server.state.records import Records
 from oracle_server.state.store import Store, TenantRow
+from oracle_server.state.tenants import Tenants
 
 DATABASE = "oracle.db"
 
@@ -49,13 +53,19 @@ class Node:
         )
         self.attachments = Attachments(self.experiments, self._records, monotonic=monotonic)
         self.packs = Packs(self.experiments, self._records, self._files, now_ns=now_ns)
+        self.credentials = Credentials()
+        self.rates = StepRates(self.experiments, monotonic=monotonic, followers=self.followers)
+        self.tenants = Tenants(
+            self.experiments, self._records, self.credentials, self.rates, now_ns=now_ns, followers=self.followers
+        )
 
-    async def open(self) -> list[str]:
-        """Bring packs and experiments into memory; the digests that had to be compiled anew."""
+    async def open(self, operator_hashes: Iterable[bytes] = ()) -> list[str]:
+        """Bring packs, experiments and credentials into memory; the digests that had to be compiled anew."""
         await self._records.call(warm_kernels)
         digests = await self._records.call(self._records.store.digests)
         compiled = await self._records.call(self._files.prepare, digests)
         await self.experiments.load()
+        await self.tenants.load(operator_hashes)
         self._ready = True
         return compiled
 
@@ -65,18 +75,21 @@ class Node:
         os.close(self._lock)
 
     async def tenant(self, tenant: str) -> TenantRow:
-        """The tenant; TenantNotFound. Starting before the server is ready: every call asks for its tenant first."""
+        """The tenant, if it is the caller's; PermissionDenied, TenantNotFound.
+
+        Every call asks for its tenant first, so this is where a name is compared with the credential. Starting before
+        the server is ready.
+        """
+        CALLER.get().check_tenant(tenant)
         if not self._ready:
             raise Starting("the server is starting; retry, or wait for its health to be SERVING")
         return await self.experiments.tenant(tenant)
 
     async def tenant_of(self, experiment_name: str) -> TenantRow:
-        """The tenant an experiment's name begins with."""
-        return await self.tenant(names.parse_experiment(experiment_name, "experiment")[0])
-
-    async def tenants(self, after: str, limit: int) -> list[TenantRow]:
-        """Tenants in the order of their names, those behind `after`."""
-        return await self._records.call(self._records.store.tenants, after, limit)
+        """The tenant an experiment's name begins with, for calls of engines; also QuotaExceeded."""
+        row = await self.tenant(names.parse_experiment(experiment_name, "experiment")[0])
+        self.rates.check_tenant(row.tenant)
+        return row
 
     def engines_of(self, live: LiveExperiment) -> list[EngineRecord]:
         """The engines of an experiment that are attached now."""
@@ -87,7 +100,7 @@ class Node:
 def _lock(state_dir: Path) -> int:
     """The state folder has one writer; the lock goes with the process, however it ends."""
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StoreFailed(f"the state folder {state_dir} cannot be used: {error}; give another --state-dir") from error

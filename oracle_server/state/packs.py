@@ -96,11 +96,14 @@ class Packs:
             work = self._files.check if check_only or stored else self._files.keep
             report = await asyncio.to_thread(work, upload)
             if not check_only:
-                await self._records.change(self._add(row))
+                await self._records.change(self._add(row, upload, stored))
         return row, tuple(report.warnings), False
 
-    async def _add(self, row: PackRow) -> None:
+    async def _add(self, row: PackRow, upload: Upload, stored: bool) -> None:
         await self._check_quota(row.tenant, row.size_bytes)
+        if stored and row.digest not in await self._records.call(self._records.store.digests):
+            # The tenant that had it has deleted it meanwhile, and its files with it.
+            await asyncio.to_thread(self._files.keep, upload)
         await self._records.call(self._records.store.add_pack, row)
 
     async def _check_quota(self, tenant: str, size_bytes: int) -> None:

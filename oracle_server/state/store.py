@@ -1,4 +1,4 @@
-"""The database: tenants, packs, experiments with their generations, engine incarnations. SQLite, one file, one writer.
+"""The database: tenants, tokens, packs, experiments with their generations, engine incarnations. SQLite, one writer.
 
 A commit is on disk before the method returns (WAL, synchronous=FULL), so a crash at any point leaves the state before
 or after a change, never a third. Every method is one transaction. Plain blocking calls: `Records` runs them on one
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from oracle_server.errors import StoreFailed
 from oracle_server.state.binding import Binding, decode, encode
+from oracle_server.state.migrations import MIGRATIONS, SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 BUSY_SECONDS = 2.0
 
+# Version 1; the migrations bring every database, a new one too, from there to SCHEMA_VERSION.
 _SCHEMA = """
 CREATE TABLE schema_version (version INTEGER NOT NULL) STRICT;
 CREATE TABLE tenant (
@@ -53,7 +54,16 @@ CREATE TABLE engine (
 ) STRICT, WITHOUT ROWID;
 """
 
-_GENERATIONS = "SELECT generation, binding, create_time_ns, reason FROM generation WHERE tenant = ? AND experiment = ?"
+_GENERATIONS = (
+    "SELECT generation, binding, create_time_ns, reason, principal, comment FROM generation "
+    "WHERE tenant = ? AND experiment = ?"
+)
+_QUOTA = ("max_engines", "max_steps_per_second", "max_packs", "max_pack_bytes", "max_streams", "over_rate")
+_TENANTS = f"SELECT tenant, {', '.join(_QUOTA)} FROM tenant WHERE NOT deleted"  # noqa: S608 - names
+_TOKENS = "SELECT tenant, number, scope, secret_sha256, comment, create_time_ns, revoke_time_ns FROM token"
+
+OVER_RATE_MARK = "mark"
+OVER_RATE_DETACH = "detach"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,32 @@ class TenantRow:
     max_steps_per_second: int = 0
     max_packs: int = 0
     max_pack_bytes: int = 0
+    max_streams: int = 0
+    over_rate: str = OVER_RATE_MARK
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A token of a tenant; `revoke_time_ns` is 0 while it is valid."""
+
+    tenant: str
+    number: int
+    scope: str
+    secret_sha256: bytes
+    comment: str
+    create_time_ns: int
+    revoke_time_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who makes a change, and why."""
+
+    principal: str = "local"
+    comment: str = ""
+
+
+LOCAL_AUTHOR = Author()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +122,7 @@ class GenerationRow:
     binding: Binding
     create_time_ns: int
     reason: str
+    author: Author = LOCAL_AUTHOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +173,15 @@ class Store:
                     db.execute("PRAGMA foreign_keys = ON")
                     store._create_schema()
                 version = db.execute("SELECT version FROM schema_version").fetchone()[0]
-            if version != SCHEMA_VERSION:
+            if version > SCHEMA_VERSION:
                 raise StoreFailed(
                     f"the database {path} has schema version {version}, this server knows {SCHEMA_VERSION}; "
                     "use the server version that wrote it or another --state-dir"
+                )
+            if version < SCHEMA_VERSION:
+                raise StoreFailed(
+                    f"the database {path} has schema version {version} and is only read here; start a server of this "
+                    f"version over it once, which brings it to {SCHEMA_VERSION}"
                 )
         except StoreFailed:
             db.close()
@@ -155,14 +197,72 @@ class Store:
     def tenants(self, after: str, limit: int) -> list[TenantRow]:
         """In order of their names, those behind `after`."""
         with self._failures("read"):
-            rows = self._db.execute("SELECT * FROM tenant WHERE tenant > ? ORDER BY tenant LIMIT ?", (after, limit))
+            rows = self._db.execute(f"{_TENANTS} AND tenant > ? ORDER BY tenant LIMIT ?", (after, limit))
             return [TenantRow(*row) for row in rows]
 
     def tenant(self, tenant: str) -> TenantRow | None:
         """One tenant."""
         with self._failures("read"):
-            row = self._db.execute("SELECT * FROM tenant WHERE tenant = ?", (tenant,)).fetchone()
+            row = self._db.execute(f"{_TENANTS} AND tenant = ?", (tenant,)).fetchone()
         return TenantRow(*row) if row else None
+
+    def write_tenant(self, row: TenantRow) -> None:
+        """A new tenant, a new life of a deleted one, or another quota of a living one."""
+        values = (row.tenant, *(getattr(row, name) for name in _QUOTA))
+        columns = ", ".join(f"{name} = excluded.{name}" for name in _QUOTA)
+        with self._transaction():
+            self._db.execute(
+                f"INSERT INTO tenant (tenant, {', '.join(_QUOTA)}) VALUES (?, ?, ?, ?, ?, ?, ?) "  # noqa: S608 - names
+                f"ON CONFLICT DO UPDATE SET {columns}, deleted = 0",
+                values,
+            )
+
+    def delete_tenant(self, tenant: str, now_ns: int) -> None:
+        """Forget a tenant without experiments and packs, not how far its names were counted; its tokens end."""
+        with self._transaction():
+            self._db.execute("UPDATE tenant SET deleted = 1 WHERE tenant = ?", (tenant,))
+            self._db.execute(
+                "UPDATE token SET revoke_time_ns = ? WHERE tenant = ? AND revoke_time_ns = 0", (now_ns, tenant)
+            )
+
+    # Tokens
+
+    def valid_tokens(self) -> list[TokenRow]:
+        """Those of every tenant that are not revoked."""
+        with self._failures("read"):
+            return [TokenRow(*row) for row in self._db.execute(f"{_TOKENS} WHERE revoke_time_ns = 0")]
+
+    def tokens(self, tenant: str, after: int, limit: int) -> list[TokenRow]:
+        """Oldest first, those behind number `after`."""
+        query = f"{_TOKENS} WHERE tenant = ? AND number > ? ORDER BY number LIMIT ?"
+        with self._failures("read"):
+            return [TokenRow(*row) for row in self._db.execute(query, (tenant, after, limit))]
+
+    def token(self, tenant: str, number: int) -> TokenRow | None:
+        """One token of a tenant."""
+        with self._failures("read"):
+            row = self._db.execute(f"{_TOKENS} WHERE tenant = ? AND number = ?", (tenant, number)).fetchone()
+        return TokenRow(*row) if row else None
+
+    def add_token(self, tenant: str, scope: str, secret_sha256: bytes, comment: str, now_ns: int) -> TokenRow:
+        """The next token of a tenant."""
+        with self._transaction():
+            query = "SELECT coalesce(max(number), 0) + 1 FROM token WHERE tenant = ?"
+            number = self._db.execute(query, (tenant,)).fetchone()[0]
+            row = TokenRow(tenant, number, scope, secret_sha256, comment, now_ns)
+            self._db.execute(
+                "INSERT INTO token VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (tenant, number, scope, secret_sha256, comment, now_ns, 0),
+            )
+        return row
+
+    def revoke_token(self, tenant: str, number: int, now_ns: int) -> None:
+        """End a token; nothing where it has ended."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE token SET revoke_time_ns = ? WHERE tenant = ? AND number = ? AND revoke_time_ns = 0",
+                (now_ns, tenant, number),
+            )
 
     # Packs
 
@@ -209,13 +309,16 @@ class Store:
     def experiments(self) -> list[ExperimentRow]:
         """Every living experiment with its current generation."""
         query = (
-            "SELECT e.tenant, e.experiment, e.create_time_ns, g.generation, g.binding, g.create_time_ns, g.reason "
+            "SELECT e.tenant, e.experiment, e.create_time_ns, g.generation, g.binding, g.create_time_ns, g.reason, "
+            "g.principal, g.comment "
             "FROM experiment e JOIN generation g USING (tenant, experiment, generation) WHERE NOT e.deleted"
         )
         with self._failures("read"):
             return [ExperimentRow(r[0], r[1], r[2], _generation(r[3:])) for r in self._db.execute(query)]
 
-    def create_experiment(self, tenant: str, experiment: str, binding: Binding, now_ns: int) -> ExperimentRow:
+    def create_experiment(
+        self, tenant: str, experiment: str, binding: Binding, now_ns: int, author: Author = LOCAL_AUTHOR
+    ) -> ExperimentRow:
         """A new experiment, or a new life of a deleted one, which goes on counting."""
         with self._transaction():
             key = (tenant, experiment)
@@ -228,7 +331,7 @@ class Store:
                 "generation = excluded.generation, create_time_ns = excluded.create_time_ns, deleted = 0",
                 (*key, generation, now_ns),
             )
-            record = GenerationRow(generation, binding, now_ns, "create")
+            record = GenerationRow(generation, binding, now_ns, "create", author)
             self._insert_generation(tenant, experiment, record)
         return ExperimentRow(tenant, experiment, now_ns, record)
 
@@ -305,8 +408,13 @@ class Store:
             if not known:
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
-                self._db.execute("INSERT INTO schema_version VALUES (?)", (SCHEMA_VERSION,))
+                self._db.execute("INSERT INTO schema_version VALUES (1)")
                 self._db.execute("INSERT INTO tenant VALUES ('default', 0, 0, 0, 0)")
+            version = self._db.execute("SELECT version FROM schema_version").fetchone()[0]
+            for next_version in range(version + 1, SCHEMA_VERSION + 1):
+                for statement in MIGRATIONS[next_version].split(";"):
+                    self._db.execute(statement)
+                self._db.execute("UPDATE schema_version SET version = ?", (next_version,))
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
@@ -314,9 +422,12 @@ class Store:
 
     def _insert_generation(self, tenant: str, experiment: str, record: GenerationRow) -> None:
         self._db.execute(
-            "INSERT INTO generation VALUES (?, ?, ?, ?, ?, ?)",
-            (tenant, experiment, record.generation, encode(record.binding), record.create_time_ns, record.reason),
-        )
+            "INSERT INTO generation VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                tenant, experiment, record.generation, encode(record.binding), record.create_time_ns, record.reason,
+                record.author.principal, record.author.comment,
+            ),
+        )  # fmt: skip
 
     def _generations(self, query: str, values: tuple[str | int, ...]) -> list[GenerationRow]:
         with self._failures("read"):
@@ -345,5 +456,5 @@ class Store:
             ) from error
 
 
-def _generation(row: tuple[int, bytes, int, str]) -> GenerationRow:
-    return GenerationRow(row[0], decode(row[1]), row[2], row[3])
+def _generation(row: tuple[int, bytes, int, str, str, str]) -> GenerationRow:
+    return GenerationRow(row[0], decode(row[1]), row[2], row[3], Author(row[4], row[5]))

@@ -39,9 +39,10 @@ from step_oracle.v1.pack_pb2 import DeletePackRequest, GetPackRequest
 Dirs = dict[str, Path]
 DIGEST = "sha256:" + "0" * 64
 
-# Credentials are a later matter; DRAINING is in test_server.py, STARTING in unit/state/test_starting.py.
-NOT_YET = {"UNSPECIFIED", "UNAUTHENTICATED", "PERMISSION_DENIED"}
-ELSEWHERE = {"DRAINING", "STARTING"}
+NOT_YET = {"UNSPECIFIED"}
+# DRAINING is in test_server.py, STARTING in unit/state/test_starting.py, the others in test_authorization.py and
+# test_rotation.py.
+ELSEWHERE = {"DRAINING", "STARTING", "UNAUTHENTICATED", "PERMISSION_DENIED", "CREDENTIAL_REVOKED"}
 
 
 def experiment_not_found(calls: Calls, dirs: Dirs) -> None:
@@ -134,6 +135,19 @@ def tenant_not_found(calls: Calls, dirs: Dirs) -> None:
     calls.tenants.GetTenant(tenant_pb2.GetTenantRequest(name="tenants/nobody"), timeout=TIMEOUT)
 
 
+def tenant_exists(calls: Calls, dirs: Dirs) -> None:
+    calls.tenants.CreateTenant(tenant_pb2.CreateTenantRequest(tenant_id="default"), timeout=TIMEOUT)
+
+
+def tenant_in_use(calls: Calls, dirs: Dirs) -> None:
+    calls.upload(dirs["constant"])
+    calls.tenants.DeleteTenant(tenant_pb2.DeleteTenantRequest(name="tenants/default"), timeout=TIMEOUT)
+
+
+def token_not_found(calls: Calls, dirs: Dirs) -> None:
+    calls.tenants.RevokeToken(tenant_pb2.RevokeTokenRequest(name="tenants/default/tokens/7"), timeout=TIMEOUT)
+
+
 def generation_not_found(calls: Calls, dirs: Dirs) -> None:
     calls.create(calls.upload(dirs["constant"]))
     request = experiment_pb2.RollBackExperimentRequest(name=EXPERIMENT, to_generation=9)
@@ -160,6 +174,9 @@ CASES: dict[str, tuple[str, Callable[[Calls, Dirs], Any]]] = {
     "QUOTA_EXCEEDED": ("RESOURCE_EXHAUSTED", quota_exceeded),
     "TENANT_NOT_FOUND": ("NOT_FOUND", tenant_not_found),
     "GENERATION_NOT_FOUND": ("NOT_FOUND", generation_not_found),
+    "TENANT_EXISTS": ("ALREADY_EXISTS", tenant_exists),
+    "TENANT_IN_USE": ("FAILED_PRECONDITION", tenant_in_use),
+    "TOKEN_NOT_FOUND": ("NOT_FOUND", token_not_found),
 }
 
 

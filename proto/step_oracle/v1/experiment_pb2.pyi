@@ -133,14 +133,16 @@ class LengthClass(_message.Message):
     def __init__(self, name: _Optional[str] = ..., prompt_bin_begin: _Optional[_Iterable[int]] = ..., quantile_tokens: _Optional[_Iterable[float]] = ..., quantiles_per_bin: _Optional[int] = ...) -> None: ...
 
 class CreateExperimentRequest(_message.Message):
-    __slots__ = ("parent", "experiment_id", "binding")
+    __slots__ = ("parent", "experiment_id", "binding", "comment")
     PARENT_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
     BINDING_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
     parent: str
     experiment_id: str
     binding: Binding
-    def __init__(self, parent: _Optional[str] = ..., experiment_id: _Optional[str] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ...) -> None: ...
+    comment: str
+    def __init__(self, parent: _Optional[str] = ..., experiment_id: _Optional[str] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ..., comment: _Optional[str] = ...) -> None: ...
 
 class CreateExperimentResponse(_message.Message):
     __slots__ = ("experiment",)
@@ -179,18 +181,20 @@ class ListExperimentsResponse(_message.Message):
     def __init__(self, experiments: _Optional[_Iterable[_Union[Experiment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ActivateExperimentRequest(_message.Message):
-    __slots__ = ("name", "binding", "expected_generation", "allow_mismatch", "validate_only")
+    __slots__ = ("name", "binding", "expected_generation", "allow_mismatch", "validate_only", "comment")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BINDING_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     ALLOW_MISMATCH_FIELD_NUMBER: _ClassVar[int]
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     binding: Binding
     expected_generation: int
     allow_mismatch: _containers.RepeatedScalarFieldContainer[str]
     validate_only: bool
-    def __init__(self, name: _Optional[str] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ..., expected_generation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ..., validate_only: bool = ...) -> None: ...
+    comment: str
+    def __init__(self, name: _Optional[str] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ..., expected_generation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ..., validate_only: bool = ..., comment: _Optional[str] = ...) -> None: ...
 
 class ActivateExperimentResponse(_message.Message):
     __slots__ = ("experiment", "warnings")
@@ -201,16 +205,18 @@ class ActivateExperimentResponse(_message.Message):
     def __init__(self, experiment: _Optional[_Union[Experiment, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RollBackExperimentRequest(_message.Message):
-    __slots__ = ("name", "to_generation", "expected_generation", "allow_mismatch")
+    __slots__ = ("name", "to_generation", "expected_generation", "allow_mismatch", "comment")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TO_GENERATION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     ALLOW_MISMATCH_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     to_generation: int
     expected_generation: int
     allow_mismatch: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., to_generation: _Optional[int] = ..., expected_generation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ...) -> None: ...
+    comment: str
+    def __init__(self, name: _Optional[str] = ..., to_generation: _Optional[int] = ..., expected_generation: _Optional[int] = ..., allow_mismatch: _Optional[_Iterable[str]] = ..., comment: _Optional[str] = ...) -> None: ...
 
 class RollBackExperimentResponse(_message.Message):
     __slots__ = ("experiment",)
@@ -251,16 +257,20 @@ class ListGenerationsResponse(_message.Message):
     def __init__(self, generations: _Optional[_Iterable[_Union[GenerationRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class GenerationRecord(_message.Message):
-    __slots__ = ("generation", "binding", "create_time", "reason")
+    __slots__ = ("generation", "binding", "create_time", "reason", "principal", "comment")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     BINDING_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
     generation: int
     binding: Binding
     create_time: _timestamp_pb2.Timestamp
     reason: str
-    def __init__(self, generation: _Optional[int] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    principal: str
+    comment: str
+    def __init__(self, generation: _Optional[int] = ..., binding: _Optional[_Union[Binding, _Mapping]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., reason: _Optional[str] = ..., principal: _Optional[str] = ..., comment: _Optional[str] = ...) -> None: ...
 
 class ListEnginesRequest(_message.Message):
     __slots__ = ("parent",)
@@ -275,7 +285,7 @@ class ListEnginesResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[AttachedEngine, _Mapping]]] = ...) -> None: ...
 
 class AttachedEngine(_message.Message):
-    __slots__ = ("engine_id", "incarnation", "pack_digest", "generation", "model", "vllm_version", "labels", "streaming", "steps", "extrapolated_steps", "late_answers", "leased_steps", "reconnects")
+    __slots__ = ("engine_id", "incarnation", "pack_digest", "generation", "model", "vllm_version", "labels", "streaming", "steps", "extrapolated_steps", "late_answers", "leased_steps", "reconnects", "degraded")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +306,7 @@ class AttachedEngine(_message.Message):
     LATE_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     LEASED_STEPS_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     incarnation: int
     pack_digest: str
@@ -309,7 +320,8 @@ class AttachedEngine(_message.Message):
     late_answers: int
     leased_steps: int
     reconnects: int
-    def __init__(self, engine_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., pack_digest: _Optional[str] = ..., generation: _Optional[int] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., streaming: bool = ..., steps: _Optional[int] = ..., extrapolated_steps: _Optional[int] = ..., late_answers: _Optional[int] = ..., leased_steps: _Optional[int] = ..., reconnects: _Optional[int] = ...) -> None: ...
+    degraded: bool
+    def __init__(self, engine_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., pack_digest: _Optional[str] = ..., generation: _Optional[int] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., streaming: bool = ..., steps: _Optional[int] = ..., extrapolated_steps: _Optional[int] = ..., late_answers: _Optional[int] = ..., leased_steps: _Optional[int] = ..., reconnects: _Optional[int] = ..., degraded: bool = ...) -> None: ...
 
 class DeleteExperimentRequest(_message.Message):
     __slots__ = ("name",)

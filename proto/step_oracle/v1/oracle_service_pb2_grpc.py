@@ -52,7 +52,7 @@ class OracleServiceServicer(object):
     def AttachEngine(self, request, context):
         """Presents an engine core and its resolved configuration; called once by every engine core before its first step.
         Errors: EXPERIMENT_NOT_FOUND, NO_RULE_MATCHES, ENGINE_MISMATCH (with the list), ENGINE_ID_TAKEN, STALE_GENERATION,
-        ACCEPTANCE_UNKNOWN.
+        ACCEPTANCE_UNKNOWN, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,7 +61,7 @@ class OracleServiceServicer(object):
     def StreamSteps(self, request_iterator, context):
         """One stream per engine for all its steps. The first message carries `open`, and nothing is answered before it. Replies
         come in the order of the requests. Closing the sending side ends the stream and frees the engine id.
-        Errors: as AttachEngine, and BAD_STEP, SUPPORT_REFUSED, STALE_GENERATION.
+        Errors: as AttachEngine, and BAD_STEP, SUPPORT_REFUSED, STALE_GENERATION, CREDENTIAL_REVOKED, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

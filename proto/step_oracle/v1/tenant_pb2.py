@@ -12,27 +12,58 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstep_oracle/v1/tenant.proto\x12\x0estep_oracle.v1\"B\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05quota\x18\x02 \x01(\x0b\x32\x1b.step_oracle.v1.TenantQuota\"k\n\x0bTenantQuota\x12\x13\n\x0bmax_engines\x18\x01 \x01(\r\x12\x1c\n\x14max_steps_per_second\x18\x02 \x01(\x04\x12\x11\n\tmax_packs\x18\x03 \x01(\r\x12\x16\n\x0emax_pack_bytes\x18\x04 \x01(\x04\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListTenantsResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.step_oracle.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x11GetTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.step_oracle.v1.Tenant2\xb9\x01\n\rTenantService\x12V\n\x0bListTenants\x12\".step_oracle.v1.ListTenantsRequest\x1a#.step_oracle.v1.ListTenantsResponse\x12P\n\tGetTenant\x12 .step_oracle.v1.GetTenantRequest\x1a!.step_oracle.v1.GetTenantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstep_oracle/v1/tenant.proto\x12\x0estep_oracle.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05quota\x18\x02 \x01(\x0b\x32\x1b.step_oracle.v1.TenantQuota\"\xb3\x01\n\x0bTenantQuota\x12\x13\n\x0bmax_engines\x18\x01 \x01(\r\x12\x1c\n\x14max_steps_per_second\x18\x02 \x01(\x04\x12\x11\n\tmax_packs\x18\x03 \x01(\r\x12\x16\n\x0emax_pack_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x05 \x01(\r\x12\x31\n\tover_rate\x18\x06 \x01(\x0e\x32\x1e.step_oracle.v1.OverRatePolicy\"\xb3\x01\n\x05Token\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05scope\x18\x02 \x01(\x0e\x32\x1a.step_oracle.v1.TokenScope\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x13ListTenantsResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.step_oracle.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x11GetTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.step_oracle.v1.Tenant\"T\n\x13\x43reateTenantRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12*\n\x05quota\x18\x02 \x01(\x0b\x32\x1b.step_oracle.v1.TenantQuota\">\n\x14\x43reateTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.step_oracle.v1.Tenant\"O\n\x13UpdateTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05quota\x18\x02 \x01(\x0b\x32\x1b.step_oracle.v1.TenantQuota\">\n\x14UpdateTenantResponse\x12&\n\x06tenant\x18\x01 \x01(\x0b\x32\x16.step_oracle.v1.Tenant\"#\n\x13\x44\x65leteTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteTenantResponse\"_\n\x11IssueTokenRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12)\n\x05scope\x18\x02 \x01(\x0e\x32\x1a.step_oracle.v1.TokenScope\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\"J\n\x12IssueTokenResponse\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.step_oracle.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\"J\n\x11ListTokensRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x12ListTokensResponse\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.step_oracle.v1.Token\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12RevokeTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13RevokeTokenResponse\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.step_oracle.v1.Token*j\n\x0eOverRatePolicy\x12 \n\x1cOVER_RATE_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVER_RATE_POLICY_MARK\x10\x01\x12\x1b\n\x17OVER_RATE_POLICY_DETACH\x10\x02*X\n\nTokenScope\x12\x1b\n\x17TOKEN_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12TOKEN_SCOPE_ENGINE\x10\x01\x12\x15\n\x11TOKEN_SCOPE_ADMIN\x10\x02\x32\xcc\x05\n\rTenantService\x12V\n\x0bListTenants\x12\".step_oracle.v1.ListTenantsRequest\x1a#.step_oracle.v1.ListTenantsResponse\x12P\n\tGetTenant\x12 .step_oracle.v1.GetTenantRequest\x1a!.step_oracle.v1.GetTenantResponse\x12Y\n\x0c\x43reateTenant\x12#.step_oracle.v1.CreateTenantRequest\x1a$.step_oracle.v1.CreateTenantResponse\x12Y\n\x0cUpdateTenant\x12#.step_oracle.v1.UpdateTenantRequest\x1a$.step_oracle.v1.UpdateTenantResponse\x12Y\n\x0c\x44\x65leteTenant\x12#.step_oracle.v1.DeleteTenantRequest\x1a$.step_oracle.v1.DeleteTenantResponse\x12S\n\nIssueToken\x12!.step_oracle.v1.IssueTokenRequest\x1a\".step_oracle.v1.IssueTokenResponse\x12S\n\nListTokens\x12!.step_oracle.v1.ListTokensRequest\x1a\".step_oracle.v1.ListTokensResponse\x12V\n\x0bRevokeToken\x12\".step_oracle.v1.RevokeTokenRequest\x1a#.step_oracle.v1.RevokeTokenResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'step_oracle.v1.tenant_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_TENANT']._serialized_start=47
-  _globals['_TENANT']._serialized_end=113
-  _globals['_TENANTQUOTA']._serialized_start=115
-  _globals['_TENANTQUOTA']._serialized_end=222
-  _globals['_LISTTENANTSREQUEST']._serialized_start=224
-  _globals['_LISTTENANTSREQUEST']._serialized_end=283
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=285
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=372
-  _globals['_GETTENANTREQUEST']._serialized_start=374
-  _globals['_GETTENANTREQUEST']._serialized_end=406
-  _globals['_GETTENANTRESPONSE']._serialized_start=408
-  _globals['_GETTENANTRESPONSE']._serialized_end=467
-  _globals['_TENANTSERVICE']._serialized_start=470
-  _globals['_TENANTSERVICE']._serialized_end=655
+  _globals['_OVERRATEPOLICY']._serialized_start=1545
+  _globals['_OVERRATEPOLICY']._serialized_end=1651
+  _globals['_TOKENSCOPE']._serialized_start=1653
+  _globals['_TOKENSCOPE']._serialized_end=1741
+  _globals['_TENANT']._serialized_start=80
+  _globals['_TENANT']._serialized_end=146
+  _globals['_TENANTQUOTA']._serialized_start=149
+  _globals['_TENANTQUOTA']._serialized_end=328
+  _globals['_TOKEN']._serialized_start=331
+  _globals['_TOKEN']._serialized_end=510
+  _globals['_LISTTENANTSREQUEST']._serialized_start=512
+  _globals['_LISTTENANTSREQUEST']._serialized_end=571
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=573
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=660
+  _globals['_GETTENANTREQUEST']._serialized_start=662
+  _globals['_GETTENANTREQUEST']._serialized_end=694
+  _globals['_GETTENANTRESPONSE']._serialized_start=696
+  _globals['_GETTENANTRESPONSE']._serialized_end=755
+  _globals['_CREATETENANTREQUEST']._serialized_start=757
+  _globals['_CREATETENANTREQUEST']._serialized_end=841
+  _globals['_CREATETENANTRESPONSE']._serialized_start=843
+  _globals['_CREATETENANTRESPONSE']._serialized_end=905
+  _globals['_UPDATETENANTREQUEST']._serialized_start=907
+  _globals['_UPDATETENANTREQUEST']._serialized_end=986
+  _globals['_UPDATETENANTRESPONSE']._serialized_start=988
+  _globals['_UPDATETENANTRESPONSE']._serialized_end=1050
+  _globals['_DELETETENANTREQUEST']._serialized_start=1052
+  _globals['_DELETETENANTREQUEST']._serialized_end=1087
+  _globals['_DELETETENANTRESPONSE']._serialized_start=1089
+  _globals['_DELETETENANTRESPONSE']._serialized_end=1111
+  _globals['_ISSUETOKENREQUEST']._serialized_start=1113
+  _globals['_ISSUETOKENREQUEST']._serialized_end=1208
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=1210
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=1284
+  _globals['_LISTTOKENSREQUEST']._serialized_start=1286
+  _globals['_LISTTOKENSREQUEST']._serialized_end=1360
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=1362
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=1446
+  _globals['_REVOKETOKENREQUEST']._serialized_start=1448
+  _globals['_REVOKETOKENREQUEST']._serialized_end=1482
+  _globals['_REVOKETOKENRESPONSE']._serialized_start=1484
+  _globals['_REVOKETOKENRESPONSE']._serialized_end=1543
+  _globals['_TENANTSERVICE']._serialized_start=1744
+  _globals['_TENANTSERVICE']._serialized_end=2460
 # @@protoc_insertion_point(module_scope)

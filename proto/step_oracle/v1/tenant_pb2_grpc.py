@@ -24,19 +24,95 @@ class TenantServiceStub(object):
                 request_serializer=step__oracle_dot_v1_dot_tenant__pb2.GetTenantRequest.SerializeToString,
                 response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.GetTenantResponse.FromString,
                 )
+        self.CreateTenant = channel.unary_unary(
+                '/step_oracle.v1.TenantService/CreateTenant',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.CreateTenantRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.CreateTenantResponse.FromString,
+                )
+        self.UpdateTenant = channel.unary_unary(
+                '/step_oracle.v1.TenantService/UpdateTenant',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantResponse.FromString,
+                )
+        self.DeleteTenant = channel.unary_unary(
+                '/step_oracle.v1.TenantService/DeleteTenant',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantResponse.FromString,
+                )
+        self.IssueToken = channel.unary_unary(
+                '/step_oracle.v1.TenantService/IssueToken',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.IssueTokenResponse.FromString,
+                )
+        self.ListTokens = channel.unary_unary(
+                '/step_oracle.v1.TenantService/ListTokens',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.ListTokensRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.ListTokensResponse.FromString,
+                )
+        self.RevokeToken = channel.unary_unary(
+                '/step_oracle.v1.TenantService/RevokeToken',
+                request_serializer=step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenResponse.FromString,
+                )
 
 
 class TenantServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ListTenants(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The caller's tenant alone, unless the caller is the operator.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTenant(self, request, context):
         """Errors: TENANT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateTenant(self, request, context):
+        """Errors: TENANT_EXISTS, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTenant(self, request, context):
+        """Replaces the quota. What exceeds a new limit stays; nothing is added until it is below.
+        Errors: TENANT_NOT_FOUND, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTenant(self, request, context):
+        """Its tokens end with it. Errors: TENANT_NOT_FOUND; TENANT_IN_USE while it has experiments or packs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueToken(self, request, context):
+        """A new token. Two of a scope may be valid at once, so that every holder can change over before the older one is revoked.
+        Errors: TENANT_NOT_FOUND; QUOTA_EXCEEDED where two of the scope are valid.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTokens(self, request, context):
+        """Every token ever issued to a tenant, oldest first: the history of its experiments names them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeToken(self, request, context):
+        """At the return no process of the server takes the token any more; streams opened with it end with CREDENTIAL_REVOKED.
+        Revoking a token again is no error. Errors: TOKEN_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -54,6 +130,36 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.GetTenant,
                     request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.GetTenantRequest.FromString,
                     response_serializer=step__oracle_dot_v1_dot_tenant__pb2.GetTenantResponse.SerializeToString,
+            ),
+            'CreateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTenant,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.CreateTenantRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.CreateTenantResponse.SerializeToString,
+            ),
+            'UpdateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTenant,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantResponse.SerializeToString,
+            ),
+            'DeleteTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTenant,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.IssueTokenRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'ListTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTokens,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.ListTokensRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.ListTokensResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -96,5 +202,107 @@ class TenantService(object):
         return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/GetTenant',
             step__oracle_dot_v1_dot_tenant__pb2.GetTenantRequest.SerializeToString,
             step__oracle_dot_v1_dot_tenant__pb2.GetTenantResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CreateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/CreateTenant',
+            step__oracle_dot_v1_dot_tenant__pb2.CreateTenantRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.CreateTenantResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def UpdateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/UpdateTenant',
+            step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.UpdateTenantResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def DeleteTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/DeleteTenant',
+            step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.DeleteTenantResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/IssueToken',
+            step__oracle_dot_v1_dot_tenant__pb2.IssueTokenRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.IssueTokenResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/ListTokens',
+            step__oracle_dot_v1_dot_tenant__pb2.ListTokensRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.ListTokensResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.TenantService/RevokeToken',
+            step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenRequest.SerializeToString,
+            step__oracle_dot_v1_dot_tenant__pb2.RevokeTokenResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -1,0 +1,37 @@
+"""What Prometheus reads of the tenants that have a step quota."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from oracle_server.state.rates import StepRates
+
+MAX_TENANT_LABELS = 100
+
+
+class TenantCollector(Collector):
+    """Turns the step rates into metric families at each scrape, on the scrape's thread."""
+
+    def __init__(self, rates: StepRates) -> None:
+        self._rates = rates
+
+    def collect(self) -> Iterable[Metric]:
+        """All families."""
+        over = GaugeMetricFamily(
+            "step_oracle_tenant_over_rate", "1 while the tenant is over max_steps_per_second.", labels=["tenant"]
+        )
+        seconds = CounterMetricFamily(
+            "step_oracle_tenant_over_rate_seconds", "Time over max_steps_per_second.", labels=["tenant"]
+        )
+        degraded = GaugeMetricFamily(
+            "step_oracle_tenant_degraded_engines", "Engines marked degraded.", labels=["tenant"]
+        )
+        # The event loop may add a tenant meanwhile: list() copies in one step.
+        for tenant, rate in list(self._rates.rates.items())[:MAX_TENANT_LABELS]:
+            over.add_metric([tenant], rate.over)
+            seconds.add_metric([tenant], rate.over_seconds)
+            degraded.add_metric([tenant], self._rates.degraded(tenant))
+        yield from (over, seconds, degraded)
