@@ -71,6 +71,10 @@ def examine(host: Host, model: Path | None, timeout_seconds: float) -> Iterator[
     except ImportError:
         # The finding on grpcio says what to do.
         return
+    except OSError as error:
+        mend = "correct STEP_ORACLE_TLS_CA, _CERT and _KEY; an engine refuses to start with them"
+        yield problem("tls", str(error), mend)
+        return
     reachable = health(call, str(config["target"]))
     yield reachable
     if reachable.status == "ok":

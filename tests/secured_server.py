@@ -11,7 +11,7 @@ import trustme
 
 from oracle_calls import TIMEOUT, Calls
 from oracle_process import OracleProcess
-from oracle_server.config import Access
+from oracle_server.config import ANONYMOUS, Access
 from step_oracle.v1 import tenant_pb2
 
 OPERATOR = "operator-" + "0" * 40
@@ -61,12 +61,14 @@ class SecuredServer:
         certificates: Certificates | None = None,
         listen: Sequence[str] = ("127.0.0.1:0",),
         metrics: str = "off",
+        client: Access = ANONYMOUS,
     ) -> None:
+        """`client`: the certificate of its clients, where it wants one."""
         self._folder = folder
         self.certificates = certificates
         folder.mkdir(parents=True, exist_ok=True)
         self.operator_file = write_secret(folder / "operator", OPERATOR)
-        self._tls = Access() if certificates is None else Access(tls_ca=str(certificates.ca_file))
+        self._tls = client if certificates is None else replace(client, tls_ca=str(certificates.ca_file))
         self.process = OracleProcess(
             folder / "state",
             listen=listen,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from oracle_server.config import ServerConfig, read_config
+from oracle_server.config import Access, ServerConfig, TlsFiles, read_access, read_config
 from oracle_server.errors import InvalidArgument
 
 
@@ -52,6 +52,9 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_SHARDS": "65"},
         {"STEP_ORACLE_SHARDS": "two"},
         {"STEP_ORACLE_SCHEDULING": "fifo"},
+        {"STEP_ORACLE_TLS_CERT": "c"},
+        {"STEP_ORACLE_TLS_KEY": "k"},
+        {"STEP_ORACLE_TLS_CLIENT_CA": "a"},
     ],
 )
 def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:
@@ -61,3 +64,36 @@ def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> No
 
 def test_variables_of_the_shim_are_let_through() -> None:
     read_config({"STEP_ORACLE_TARGET": "x", "STEP_ORACLE_ENGINE_ID": "e", "STEP_ORACLE_DATA": "/d", "OTHER": "y"})
+
+
+SECURED = {"STEP_ORACLE_TLS_CERT": "c", "STEP_ORACLE_TLS_KEY": "k", "STEP_ORACLE_OPERATOR_TOKEN_FILE": "o"}
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1"])
+def test_an_address_beyond_loopback_needs_tls_and_credentials(address: str) -> None:
+    assert read_config(SECURED, listen=[address]).listen == (address,)
+    for name in SECURED:
+        with pytest.raises(InvalidArgument):
+            read_config({key: value for key, value in SECURED.items() if key != name}, listen=[address])
+
+
+def test_tls_and_the_operators_file_come_from_flags_or_variables() -> None:
+    config = read_config(SECURED)
+    assert (config.tls, config.operator_token_file) == (TlsFiles("c", "k"), Path("o"))
+    config = read_config(SECURED, tls_cert=Path("d"), tls_client_ca=Path("a"), operator_token_file=Path("p"))
+    assert (config.tls, config.operator_token_file) == (TlsFiles("d", "k", "a"), Path("p"))
+    assert (read_config({}).tls, read_config({}).operator_token_file) == (None, None)
+
+
+def test_the_metrics_stay_on_loopback() -> None:
+    with pytest.raises(InvalidArgument):
+        read_config(SECURED, metrics="0.0.0.0:1")
+
+
+def test_a_clients_certificate_is_read_only_where_it_speaks_tls() -> None:
+    both = {"STEP_ORACLE_TLS_CERT": "c", "STEP_ORACLE_TLS_KEY": "k"}
+    assert read_access({}) == Access()
+    assert read_access(both) == Access()
+    assert read_access(both | {"STEP_ORACLE_TLS_CA": "a", "STEP_ORACLE_TOKEN_FILE": "t"}) == Access("a", "c", "k", "t")
+    with pytest.raises(InvalidArgument, match="needs its key"):
+        read_access({"STEP_ORACLE_TLS_CA": "a", "STEP_ORACLE_TLS_CERT": "c"})
