@@ -1,4 +1,5 @@
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from step_oracle.v1 import step_pb2 as _step_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -78,7 +79,7 @@ class Rule(_message.Message):
     def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., model: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., fraction: _Optional[float] = ..., fraction_salt: _Optional[str] = ..., pack_digest: _Optional[str] = ...) -> None: ...
 
 class Overlay(_message.Message):
-    __slots__ = ("labels", "fraction", "fraction_salt", "slow_down_factor", "stall_every_steps", "stall_ns", "error_every_steps", "degradation_per_hour", "begin_step_index", "end_step_index", "begin_device_time_ns", "end_device_time_ns")
+    __slots__ = ("labels", "fraction", "fraction_salt", "slow_down_factor", "stall_every_steps", "stall_ns", "error_every_steps", "degradation_per_hour", "begin_step_index", "end_step_index", "begin_device_time_ns", "end_device_time_ns", "engine_ids")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +99,7 @@ class Overlay(_message.Message):
     END_STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     BEGIN_DEVICE_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     END_DEVICE_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_IDS_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.ScalarMap[str, str]
     fraction: float
     fraction_salt: str
@@ -110,7 +112,8 @@ class Overlay(_message.Message):
     end_step_index: int
     begin_device_time_ns: int
     end_device_time_ns: int
-    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., fraction: _Optional[float] = ..., fraction_salt: _Optional[str] = ..., slow_down_factor: _Optional[float] = ..., stall_every_steps: _Optional[int] = ..., stall_ns: _Optional[int] = ..., error_every_steps: _Optional[int] = ..., degradation_per_hour: _Optional[float] = ..., begin_step_index: _Optional[int] = ..., end_step_index: _Optional[int] = ..., begin_device_time_ns: _Optional[int] = ..., end_device_time_ns: _Optional[int] = ...) -> None: ...
+    engine_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., fraction: _Optional[float] = ..., fraction_salt: _Optional[str] = ..., slow_down_factor: _Optional[float] = ..., stall_every_steps: _Optional[int] = ..., stall_ns: _Optional[int] = ..., error_every_steps: _Optional[int] = ..., degradation_per_hour: _Optional[float] = ..., begin_step_index: _Optional[int] = ..., end_step_index: _Optional[int] = ..., begin_device_time_ns: _Optional[int] = ..., end_device_time_ns: _Optional[int] = ..., engine_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LengthTable(_message.Message):
     __slots__ = ("classes", "provenance")
@@ -332,3 +335,61 @@ class DeleteExperimentRequest(_message.Message):
 class DeleteExperimentResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GetShadowReportRequest(_message.Message):
+    __slots__ = ("name", "generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    generation: int
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class GetShadowReportResponse(_message.Message):
+    __slots__ = ("generation", "shadow_pack_digest", "regions", "engines")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_PACK_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    shadow_pack_digest: str
+    regions: _containers.RepeatedCompositeFieldContainer[ShadowRegion]
+    engines: _containers.RepeatedCompositeFieldContainer[ShadowedEngine]
+    def __init__(self, generation: _Optional[int] = ..., shadow_pack_digest: _Optional[str] = ..., regions: _Optional[_Iterable[_Union[ShadowRegion, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[ShadowedEngine, _Mapping]]] = ...) -> None: ...
+
+class ShadowedEngine(_message.Message):
+    __slots__ = ("engine_id", "pack_digest", "regions")
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    PACK_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    engine_id: str
+    pack_digest: str
+    regions: _containers.RepeatedCompositeFieldContainer[ShadowRegion]
+    def __init__(self, engine_id: _Optional[str] = ..., pack_digest: _Optional[str] = ..., regions: _Optional[_Iterable[_Union[ShadowRegion, _Mapping]]] = ...) -> None: ...
+
+class ShadowRegion(_message.Message):
+    __slots__ = ("mixed", "support", "shadow_support", "steps", "latency_ns", "shadow_latency_ns", "absolute_difference_ns", "min_difference_ns", "max_difference_ns", "longer_steps", "shorter_steps", "relative_difference_buckets")
+    MIXED_FIELD_NUMBER: _ClassVar[int]
+    SUPPORT_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_SUPPORT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_NS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_LATENCY_NS_FIELD_NUMBER: _ClassVar[int]
+    ABSOLUTE_DIFFERENCE_NS_FIELD_NUMBER: _ClassVar[int]
+    MIN_DIFFERENCE_NS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DIFFERENCE_NS_FIELD_NUMBER: _ClassVar[int]
+    LONGER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SHORTER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_DIFFERENCE_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    mixed: bool
+    support: _step_pb2.Support
+    shadow_support: _step_pb2.Support
+    steps: int
+    latency_ns: int
+    shadow_latency_ns: int
+    absolute_difference_ns: int
+    min_difference_ns: int
+    max_difference_ns: int
+    longer_steps: int
+    shorter_steps: int
+    relative_difference_buckets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, mixed: bool = ..., support: _Optional[_Union[_step_pb2.Support, str]] = ..., shadow_support: _Optional[_Union[_step_pb2.Support, str]] = ..., steps: _Optional[int] = ..., latency_ns: _Optional[int] = ..., shadow_latency_ns: _Optional[int] = ..., absolute_difference_ns: _Optional[int] = ..., min_difference_ns: _Optional[int] = ..., max_difference_ns: _Optional[int] = ..., longer_steps: _Optional[int] = ..., shorter_steps: _Optional[int] = ..., relative_difference_buckets: _Optional[_Iterable[int]] = ...) -> None: ...

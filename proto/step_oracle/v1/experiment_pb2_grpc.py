@@ -59,6 +59,11 @@ class ExperimentServiceStub(object):
                 request_serializer=step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentRequest.SerializeToString,
                 response_deserializer=step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentResponse.FromString,
                 )
+        self.GetShadowReport = channel.unary_unary(
+                '/step_oracle.v1.ExperimentService/GetShadowReport',
+                request_serializer=step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportRequest.SerializeToString,
+                response_deserializer=step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportResponse.FromString,
+                )
 
 
 class ExperimentServiceServicer(object):
@@ -128,6 +133,14 @@ class ExperimentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetShadowReport(self, request, context):
+        """What the shadow pack of a generation would have answered, beside what was answered.
+        Errors: EXPERIMENT_NOT_FOUND; GENERATION_NOT_FOUND where that generation has compared no step on this server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExperimentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +188,11 @@ def add_ExperimentServiceServicer_to_server(servicer, server):
                     servicer.DeleteExperiment,
                     request_deserializer=step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentRequest.FromString,
                     response_serializer=step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentResponse.SerializeToString,
+            ),
+            'GetShadowReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetShadowReport,
+                    request_deserializer=step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportRequest.FromString,
+                    response_serializer=step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -336,5 +354,22 @@ class ExperimentService(object):
         return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.ExperimentService/DeleteExperiment',
             step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentRequest.SerializeToString,
             step__oracle_dot_v1_dot_experiment__pb2.DeleteExperimentResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetShadowReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/step_oracle.v1.ExperimentService/GetShadowReport',
+            step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportRequest.SerializeToString,
+            step__oracle_dot_v1_dot_experiment__pb2.GetShadowReportResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

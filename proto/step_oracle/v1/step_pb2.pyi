@@ -118,7 +118,7 @@ class TargetOutputTokens(_message.Message):
     def __init__(self, output_tokens: _Optional[int] = ..., source: _Optional[_Union[LengthSource, str]] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("step_index", "latency_ns", "prep_ns", "copy_ns", "generated_tokens", "accepted_draft_tokens", "target_output_tokens", "generation", "support", "knowledge", "support_distance", "lease")
+    __slots__ = ("step_index", "latency_ns", "prep_ns", "copy_ns", "generated_tokens", "accepted_draft_tokens", "target_output_tokens", "generation", "support", "knowledge", "support_distance", "lease", "injected_error", "injected_stall_ns")
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENCY_NS_FIELD_NUMBER: _ClassVar[int]
     PREP_NS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,8 @@ class StepReply(_message.Message):
     KNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_DISTANCE_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    INJECTED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    INJECTED_STALL_NS_FIELD_NUMBER: _ClassVar[int]
     step_index: int
     latency_ns: _containers.RepeatedScalarFieldContainer[int]
     prep_ns: int
@@ -143,7 +145,9 @@ class StepReply(_message.Message):
     knowledge: Knowledge
     support_distance: float
     lease: Lease
-    def __init__(self, step_index: _Optional[int] = ..., latency_ns: _Optional[_Iterable[int]] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[_Iterable[int]] = ..., target_output_tokens: _Optional[_Iterable[_Union[TargetOutputTokens, _Mapping]]] = ..., generation: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., support_distance: _Optional[float] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
+    injected_error: bool
+    injected_stall_ns: int
+    def __init__(self, step_index: _Optional[int] = ..., latency_ns: _Optional[_Iterable[int]] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[_Iterable[int]] = ..., target_output_tokens: _Optional[_Iterable[_Union[TargetOutputTokens, _Mapping]]] = ..., generation: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., support_distance: _Optional[float] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., injected_error: bool = ..., injected_stall_ns: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("num_decode_requests", "context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token", "residual_pool", "generation", "lease_id", "prep_ns", "copy_ns", "support", "knowledge", "draw_key", "support_distance", "not_after_prefill", "pool_id", "latency_pool_ns")
