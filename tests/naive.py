@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from oracle_server.sampling.draws import draw, index_below, unit
+from msgspec.structs import replace
+
+from oracle_server.sampling.draws import draw, fraction_draw, index_below, unit
 from oracle_server.sampling.shape import StepQuery
+from oracle_server.state.binding import Overlay
+from oracle_server.state.identity import EngineIdentity
 
 Grid = Mapping[tuple[int, ...], float]
 EXACT, INTERPOLATED, EXTRAPOLATED = 1, 2, 3
@@ -380,3 +384,43 @@ def sum_in_order(values: Sequence[float]) -> float:
     for value in values:
         total += value
     return total
+
+
+def overlay_effects(
+    overlays: Sequence[Overlay],
+    identity: EngineIdentity,
+    key: int,
+    time_scale: float,
+    step_index: int,
+    device_time_ns: int,
+) -> tuple[float, float, int, bool]:
+    """(Constant factor, factor of the step, stalls in ns, whether it fails), as the comments of Overlay say."""
+    plain = Overlay()
+    only_a_factor = [
+        replace(overlay, slow_down_factor=1.0, labels={}, fraction=0.0, fraction_salt="", engine_ids=(), stall_ns=0)
+        == plain
+        for overlay in overlays
+    ]
+    server = identity.engine_id.split("/dp")[0]
+    constant, factor, stalls, fails = 1.0, 1.0, 0, False
+    for place, overlay in enumerate(overlays):
+        has_labels = all(identity.labels.get(name) == value for name, value in overlay.labels.items())
+        below = overlay.fraction == 0 or fraction_draw(overlay.fraction_salt, server) < overlay.fraction
+        is_meant = not overlay.engine_ids or identity.engine_id in overlay.engine_ids or server in overlay.engine_ids
+        if not (has_labels and is_meant and below):
+            continue
+        if only_a_factor[place]:
+            constant *= overlay.slow_down_factor
+            continue
+        if not overlay.begin_step_index <= step_index < (overlay.end_step_index or math.inf):
+            continue
+        if not overlay.begin_device_time_ns <= device_time_ns < (overlay.end_device_time_ns or math.inf):
+            continue
+        factor *= overlay.slow_down_factor
+        factor *= 1 + overlay.degradation_per_hour * ((device_time_ns - overlay.begin_device_time_ns) / 3.6e12)
+        stall_draw, error_draw = (draw(key, step_index, 5, 2 * place + i) for i in range(2))
+        if overlay.stall_every_steps and index_below(stall_draw, overlay.stall_every_steps) == 0:
+            stalls += overlay.stall_ns if time_scale == 1 else math.floor(overlay.stall_ns * time_scale + 0.5)
+        if overlay.error_every_steps and index_below(error_draw, overlay.error_every_steps) == 0:
+            fails = True
+    return constant, factor, stalls, fails

@@ -3,7 +3,8 @@
 ShimError
 ├── ConfigurationError   a STEP_ORACLE_* variable that cannot be
 ├── NotSupported         a vLLM feature the shim does not emulate yet
-└── OracleLost           the budget for reaching the oracle is spent, or the oracle refused this engine
+├── OracleLost           the budget for reaching the oracle is spent, or the oracle refused this engine
+└── InjectedError        a step that the experiment makes fail
 """
 
 
@@ -21,3 +22,7 @@ class NotSupported(ShimError):
 
 class OracleLost(ShimError):
     """No answer will come; every pending step gets this error and the engine process ends."""
+
+
+class InjectedError(ShimError):
+    """A step that an overlay of the experiment makes fail; the engine ends as where a device fails."""

@@ -17,7 +17,7 @@ from step_oracle.v1 import step_pb2, trace_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.device import emulated_device
 from vllm_shim.engine_config import engine_config, engine_identity
-from vllm_shim.errors import OracleLost
+from vllm_shim.errors import InjectedError, OracleLost
 from vllm_shim.exit_status import report_loss
 from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
 from vllm_shim.output import OutputBuilder
@@ -276,8 +276,7 @@ class StepOracleExecutor(Executor):
         try:
             reply = self._stream.wait(step.pending)
         except OracleLost as loss:
-            logger.critical("%s", loss)
-            report_loss(str(loss))
+            _announce(loss)
             raise
         self._settle(step)
         times = step.times
@@ -302,6 +301,14 @@ class StepOracleExecutor(Executor):
             # Says how later steps may be answered, not how this one was.
             record.reply.ClearField("lease")
             self._trace.write(record)
+        if reply.injected_error:
+            error = InjectedError(
+                f"step-oracle: injected error: step {reply.step_index} of engine {self._engine.engine_id} fails "
+                f"because an overlay of {self._engine.experiment} says so (error_every_steps, generation "
+                f"{reply.generation}); nothing real is wrong"
+            )
+            _announce(error)
+            raise error
         return self._output.build(step.scheduled, reply, legal)
 
     def _settle(self, step: _Step) -> None:
@@ -348,6 +355,12 @@ class _Step(NamedTuple):
     scheduled: ScheduledStep | DecodeStep
     times: StepTimes
     pending: PendingStep
+
+
+def _announce(error: Exception) -> None:
+    """What ends the engine, in its log and as the last words of the server."""
+    logger.critical("%s", error)
+    report_loss(str(error))
 
 
 def _prepare_engine_thread() -> None:

@@ -24,7 +24,7 @@ def watch_for_loss() -> None:
 
 
 def report_loss(message: str) -> None:
-    """Called by an engine core whose oracle is lost; the first of several has the last word."""
+    """Called by an engine core that ends; the first of several has the last word."""
     path = os.environ.get(_VARIABLE)
     if path and not Path(path).exists():
         Path(path).write_text(message)

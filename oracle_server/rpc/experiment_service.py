@@ -130,6 +130,13 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
         )
 
     @unary
+    async def GetShadowReport(self, request: pb.GetShadowReportRequest, context: Any) -> pb.GetShadowReportResponse:
+        """What the shadow pack of a generation would have answered."""
+        live = await self._find(request.name, "name")
+        comparison = await self.node.experiments.compared(live.name, request.generation)
+        return wire.write_comparison(comparison)
+
+    @unary
     async def DeleteExperiment(self, request: pb.DeleteExperimentRequest, context: Any) -> pb.DeleteExperimentResponse:
         """Refused while engines are attached."""
         live = await self._find(request.name, "name")

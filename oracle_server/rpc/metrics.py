@@ -33,6 +33,8 @@ class Metrics:
         self.swaps: dict[str, int] = {}
         self.calls: dict[tuple[str, str, str], int] = {}
         self.log_lines_dropped = 0
+        self.injected_stalls = 0
+        self.injected_errors = 0
         self.shim_steps = 0
         self.shim_leased_steps = 0
         self.shim_late_answers = 0
@@ -82,6 +84,12 @@ class MetricsCollector(Collector):
         for number, name in _SUPPORT.items():
             steps.add_metric([name], metrics.steps[number])
         yield steps
+        injected = CounterMetricFamily(
+            "step_oracle_injected_faults", "Steps that overlays made stall or fail, by kind.", labels=["kind"]
+        )
+        injected.add_metric(["stall"], metrics.injected_stalls)
+        injected.add_metric(["error"], metrics.injected_errors)
+        yield injected
         yield _histogram(
             "step_oracle_step_handling_seconds",
             "Time from a parsed stream message to its built reply.",

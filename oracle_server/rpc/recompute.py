@@ -140,7 +140,7 @@ class _History:
             row = self._store.generation(tenant, experiment, generation) if generation < 2**63 else None
             if row is None:
                 raise GenerationNotFound(f"{experiment_name} has no generation {generation} in {self._state_dir}")
-            loaded = {digest: self._load(digest) for digest in row.binding.digests()}
+            loaded = {digest: self._load(digest) for digest in row.binding.answering_digests()}
             self._snapshots[key] = Snapshot(experiment_name, generation, row.binding, loaded)
         return self._snapshots[key]
 
@@ -178,7 +178,8 @@ def _recompute_trace(history: _History, trace: Path, report: Report) -> None:
             if generation not in plans:
                 plans[generation] = history.snapshot(identity.experiment, generation).plan(identity)
             query, drafts, new_requests = wire.read_step(step.request)
-            answer = plans[generation].answer(step.request.step_index, query, drafts, new_requests)
+            asked = step.request
+            answer = plans[generation].answer(asked.step_index, query, drafts, new_requests, asked.device_time_ns)
         except (GenerationNotFound, PackNotFound):
             report.skipped += 1
             continue

@@ -18,13 +18,15 @@ from oracle_server.errors import InvalidArgument, OracleError
 from oracle_server.rpc import wire
 from oracle_server.rpc.leases import Leases
 from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.shadowing import Shadowing, shadowing_of
 from oracle_server.rpc.status import abort, internal
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
+from oracle_server.sampling.shape import StepQuery
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import LiveExperiment
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.node import Node
-from oracle_server.state.snapshot import EnginePlan
+from oracle_server.state.snapshot import EnginePlan, StepAnswer
 from step_oracle.v1 import oracle_service_pb2 as pb
 
 BREAK_SECONDS = 0.005
@@ -59,6 +61,8 @@ class StepStream:
         self._reading: asyncio.Task[Any] | None = None
         self._ending: OracleError | None = None
         self._plan: EnginePlan | None = None
+        # The engine's steps beside those of the generation's shadow pack, where it has one.
+        self._shadowing: Shadowing | None = None
         # None: this engine, or this server, goes without.
         self._leases = Leases() if leases else None
         self._announced = 0
@@ -179,6 +183,8 @@ class StepStream:
         if response.replies or response.HasField("opened") or response.new_generation:
             async with self._writing:
                 await self._context.write(response)
+        if self._shadowing is not None:
+            self._shadowing.compare()
         if failure is not None:
             raise failure
 
@@ -199,18 +205,38 @@ class StepStream:
             plan = self._plan
             if plan is None or plan.snapshot is not snapshot:
                 plan = self._plan = snapshot.plan(identity)
+                self._shadowing = shadowing_of(live, snapshot, identity)
             if plan.generation < min_generation:
                 snapshot.check_generation(min_generation)
             query, drafts, new_requests = wire.read_step(step)
-            answer = plan.answer(step.step_index, query, drafts, new_requests)
+            device_time_ns = step.device_time_ns
+            answer = plan.answer(step.step_index, query, drafts, new_requests, device_time_ns)
             reply = response.replies.add()
             wire.write_reply(reply, step.step_index, plan.generation, answer)
-            if leases is not None and not query.chunk_tokens and not drafts:
+            if not plan.leasable:
+                self._watch(record, step.step_index, query, device_time_ns, answer)
+            elif leases is not None and not query.chunk_tokens and not drafts:
                 leases.grant(reply, plan, query)
             counts.steps += 1
             steps_by_support[answer.support] += 1
             if answer.support == SUPPORT_EXTRAPOLATED:
                 counts.extrapolated_steps += 1
+
+    def _watch(
+        self, record: EngineRecord, step_index: int, query: StepQuery, device_time_ns: int, answer: StepAnswer
+    ) -> None:
+        """A step of an engine without leases: its faults are counted, and its shadow comes after the reply."""
+        if self._shadowing is not None:
+            self._shadowing.take(step_index, query, device_time_ns, answer)
+        if answer.stall_ns:
+            self._metrics.injected_stalls += 1
+        if answer.is_error:
+            self._metrics.injected_errors += 1
+            identity = record.identity
+            # At most one per life of an engine: it ends by this.
+            self._events.info(
+                "injected error", experiment=identity.experiment, engine=identity.engine_id, step=step_index
+            )
 
     def _count(self, counts: pb.ShimCounts, record: EngineRecord) -> None:
         metrics = self._metrics

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from oracle_server import pack as packs
@@ -17,6 +18,7 @@ from oracle_server.state.binding import Binding, LengthClass, LengthTable, Overl
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import LiveExperiment
 from oracle_server.state.identity import EngineIdentity
+from oracle_server.state.shadow import Comparison, Differences, Region
 from oracle_server.state.snapshot import EnginePlan, NewRequest, StepAnswer
 from oracle_server.state.store import GenerationRow, PackRow, TenantRow, TokenRow
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2, tenant_pb2
@@ -115,6 +117,9 @@ def write_reply(reply: step_pb2.StepReply, step_index: int, generation: int, ans
     reply.support = answer.support  # type: ignore[assignment]
     reply.knowledge = answer.knowledge  # type: ignore[assignment]
     reply.support_distance = answer.distance
+    if answer.stall_ns or answer.is_error:
+        reply.injected_stall_ns = answer.stall_ns
+        reply.injected_error = answer.is_error
 
 
 def write_lease(lease: step_pb2.Lease, plan: EnginePlan, record: DecodeRecord) -> None:
@@ -207,11 +212,7 @@ def write_differences(differences: Iterable[packs.Difference]) -> list[oracle_se
 
 
 def read_binding(message: experiment_pb2.Binding) -> Binding:
-    """A binding as the state keeps it; InvalidArgument for what this server does not do yet."""
-    if message.shadow_pack_digest:
-        raise InvalidArgument(
-            "shadow packs are not supported yet; leave shadow_pack_digest empty", field="binding.shadow_pack_digest"
-        )
+    """A binding as the state keeps it; InvalidArgument."""
     if message.support_policy not in _POLICIES:
         raise InvalidArgument(
             f"support_policy is {message.support_policy}; allowed: SERVE and REFUSE", field="binding.support_policy"
@@ -234,27 +235,15 @@ def read_binding(message: experiment_pb2.Binding) -> Binding:
         length_table=table,
         draft_acceptance_rate=message.draft_acceptance_rate,
         time_scale=message.time_scale or 1.0,
-        overlays=tuple(_read_overlay(overlay, i) for i, overlay in enumerate(message.overlays)),
+        overlays=tuple(map(_read_overlay, message.overlays)),
+        shadow_pack_digest=message.shadow_pack_digest,
     )
 
 
-def _read_overlay(overlay: experiment_pb2.Overlay, index: int) -> Overlay:
-    for field in (
-        "stall_every_steps",
-        "stall_ns",
-        "error_every_steps",
-        "degradation_per_hour",
-        "begin_step_index",
-        "end_step_index",
-        "begin_device_time_ns",
-        "end_device_time_ns",
-    ):
-        if getattr(overlay, field):
-            where = f"binding.overlays[{index}].{field}"
-            raise InvalidArgument(
-                f"{where} is not supported yet; a constant slow_down_factor is, with labels or a fraction", field=where
-            )
-    return Overlay(overlay.slow_down_factor or 1.0, dict(overlay.labels), overlay.fraction, overlay.fraction_salt)
+def _read_overlay(overlay: experiment_pb2.Overlay) -> Overlay:
+    values = {name: getattr(overlay, name) for name in Overlay.__struct_fields__}
+    values["slow_down_factor"] = overlay.slow_down_factor or 1.0
+    return Overlay(**(values | {"labels": dict(overlay.labels), "engine_ids": tuple(overlay.engine_ids)}))
 
 
 def write_binding(binding: Binding) -> experiment_pb2.Binding:
@@ -280,15 +269,8 @@ def write_binding(binding: Binding) -> experiment_pb2.Binding:
         ),
         draft_acceptance_rate=binding.draft_acceptance_rate,
         time_scale=binding.time_scale,
-        overlays=[
-            experiment_pb2.Overlay(
-                labels=overlay.labels,
-                fraction=overlay.fraction,
-                fraction_salt=overlay.fraction_salt,
-                slow_down_factor=overlay.slow_down_factor,
-            )
-            for overlay in binding.overlays
-        ],
+        overlays=[experiment_pb2.Overlay(**msgspec.structs.asdict(overlay)) for overlay in binding.overlays],
+        shadow_pack_digest=binding.shadow_pack_digest,
     )
     if binding.length_table is not None:
         message.length_table.provenance = binding.length_table.provenance
@@ -324,6 +306,38 @@ def write_generation(record: GenerationRow) -> experiment_pb2.GenerationRecord:
         principal=record.author.principal,
         comment=record.author.comment,
     )
+
+
+def write_comparison(comparison: Comparison) -> experiment_pb2.GetShadowReportResponse:
+    """What a shadow pack showed."""
+    return experiment_pb2.GetShadowReportResponse(
+        generation=comparison.generation,
+        shadow_pack_digest=comparison.shadow_pack_digest,
+        regions=_write_regions(comparison.totals()),
+        engines=[
+            experiment_pb2.ShadowedEngine(
+                engine_id=engine_id, pack_digest=engine.pack_digest, regions=_write_regions(engine.regions)
+            )
+            for engine_id, engine in sorted(comparison.engines.items())
+        ],
+    )
+
+
+def _write_regions(regions: Mapping[Region, Differences]) -> list[experiment_pb2.ShadowRegion]:
+    written = []
+    for (mixed, support, shadow_support), differences in sorted(regions.items()):
+        values = msgspec.structs.asdict(differences)
+        buckets = values.pop("relative_buckets")
+        written.append(
+            experiment_pb2.ShadowRegion(
+                mixed=mixed,
+                support=support,  # type: ignore[arg-type]
+                shadow_support=shadow_support,  # type: ignore[arg-type]
+                relative_difference_buckets=buckets,
+                **values,
+            )
+        )
+    return written
 
 
 # Packs and tenants

@@ -37,8 +37,12 @@ def request_draw(seed: int, request_key: str) -> int:
 
 def fraction_draw(salt: str, engine_id: str) -> float:
     """Where a vLLM server stands in [0, 1) for the stable fractions of a salt; the same for all its DP ranks."""
-    server = _RANK.sub("", engine_id)
-    return unit(draw(mix(text_hash(salt) ^ text_hash(server)), 0, DOMAIN_FRACTION, 0))
+    return unit(draw(mix(text_hash(salt) ^ text_hash(server_of(engine_id))), 0, DOMAIN_FRACTION, 0))
+
+
+def server_of(engine_id: str) -> str:
+    """The vLLM server an engine belongs to: its id without a DP rank."""
+    return _RANK.sub("", engine_id)
 
 
 def index_below(value: int, size: int) -> int:

@@ -12,6 +12,7 @@ from oracle_server.shards.calls import Failure, Method
 from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineCounts
 from oracle_server.state.identity import EngineIdentity
+from oracle_server.state.shadow import Comparison
 from oracle_server.state.store import ExperimentRow
 
 
@@ -105,4 +106,6 @@ SERVE = Method("Serve", Serve, Serving)
 SET_HEALTHY = Method("SetHealthy", type(None), type(None))
 END_STREAM = Method("EndStream", EndStream, type(None))
 COUNT = Method("Count", type(None), Report)
+# By the name of the experiment.
+COMPARISONS = Method("Comparisons", str, list[Comparison])
 DRAIN = Method("Drain", float, Report)

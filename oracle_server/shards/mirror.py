@@ -21,6 +21,7 @@ from oracle_server.state.kernels import warm_kernels
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.principal import CALLER
 from oracle_server.state.rates import over_rate
+from oracle_server.state.shadow import Comparison
 from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import ExperimentRow
 
@@ -88,6 +89,11 @@ class Mirror:
     def sampled(self) -> dict[str, int]:
         """Steps answered without a stream, by experiment."""
         return {name: live.sampled_steps for name, live in self.experiments.live.items()}
+
+    async def comparisons(self, name: str) -> list[Comparison]:
+        """What was compared here with the shadow packs of an experiment."""
+        live = self.experiments.live.get(name)
+        return [] if live is None else live.shadows.comparisons()
 
     def drain(self) -> None:
         """End every stream with Draining."""

@@ -21,6 +21,7 @@ from oracle_server.rpc.step_stream import Events
 from oracle_server.shards.counts import add_counts, counts_of
 from oracle_server.shards.messages import (
     ADMIT,
+    COMPARISONS,
     COUNT,
     DRAIN,
     FOLLOW,
@@ -36,6 +37,7 @@ from oracle_server.shards.process import ShardProcess
 from oracle_server.shards.streams import ShardStreams
 from oracle_server.state.credentials import Admission
 from oracle_server.state.node import Node
+from oracle_server.state.shadow import Comparison
 from oracle_server.state.store import ExperimentRow
 
 # The first Prepare compiles the kernels where numba's cache is empty.
@@ -135,6 +137,14 @@ class ShardPool:
     async def admit(self, admission: Admission) -> None:
         """As Followers.admit."""
         await asyncio.gather(*(self._tell(shard, ADMIT, admission) for shard in self._serving()))
+
+    async def comparisons(self, name: str) -> list[list[Comparison]]:
+        """As Followers.comparisons; Unavailable where a shard does not answer: half would look like the whole."""
+        return list(
+            await asyncio.gather(
+                *(shard.peer.call(COMPARISONS, name, COUNT_SECONDS) for shard in self._serving()),
+            )
+        )
 
     # Below: one shard
 

@@ -26,6 +26,7 @@ from oracle_server.shards.counts import counts_of
 from oracle_server.shards.forwarding import Forwarding
 from oracle_server.shards.messages import (
     ADMIT,
+    COMPARISONS,
     COUNT,
     DRAIN,
     END_STREAM,
@@ -100,6 +101,7 @@ class Shard:
                 (SET_HEALTHY, self._set_healthy),
                 (END_STREAM, self._end_stream),
                 (COUNT, self._count),
+                (COMPARISONS, self._mirror.comparisons),
                 (DRAIN, self._drain),
             ]
         )

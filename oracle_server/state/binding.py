@@ -5,11 +5,13 @@ The structs mirror step_oracle.v1.Binding field by field; the database keeps the
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from oracle_server.errors import InvalidArgument
 from oracle_server.sampling import lengths
-from oracle_server.state.names import check_digest
+from oracle_server.state.names import check_digest, check_engine_id
 
 SUPPORT_SERVE = "serve"
 SUPPORT_REFUSE = "refuse"
@@ -23,6 +25,12 @@ MAX_QUANTILES = 200_000
 MAX_SCALE = 1e6
 # As shards are told of it. A request of the wire has 4 MiB at most, which becomes 5 here.
 MAX_BYTES = 8 << 20
+MAX_PRODUCT = 1e12
+MAX_ENGINE_IDS = 1000
+# A draw becomes an index below a number of at most 32 bits.
+MAX_EVERY_STEPS = 1 << 32
+MAX_STALL_NS = 3_600_000_000_000
+MAX_DEGRADATION_PER_HOUR = 1000.0
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,12 +45,21 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Overlay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A constant slow-down of some engines."""
+    """What happens to some engines without a new pack: slow-downs, stalls, errors, degradation."""
 
-    slow_down_factor: float
+    slow_down_factor: float = 1.0
     labels: dict[str, str] = {}
     fraction: float = 0.0
     fraction_salt: str = ""
+    stall_every_steps: int = 0
+    stall_ns: int = 0
+    error_every_steps: int = 0
+    degradation_per_hour: float = 0.0
+    begin_step_index: int = 0
+    end_step_index: int = 0
+    begin_device_time_ns: int = 0
+    end_device_time_ns: int = 0
+    engine_ids: tuple[str, ...] = ()
 
 
 class LengthClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,9 +89,15 @@ class Binding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     draft_acceptance_rate: float = 0.0
     time_scale: float = 1.0
     overlays: tuple[Overlay, ...] = ()
+    shadow_pack_digest: str = ""
 
     def digests(self) -> tuple[str, ...]:
         """Every pack it names, each once, in order of first mention."""
+        shadow = (self.shadow_pack_digest,) if self.shadow_pack_digest else ()
+        return tuple(dict.fromkeys((*self.answering_digests(), *shadow)))
+
+    def answering_digests(self) -> tuple[str, ...]:
+        """The packs answers are from; the shadow pack has no say in them."""
         named = [rule.pack_digest for rule in self.rules]
         if self.default_pack_digest:
             named.append(self.default_pack_digest)
@@ -112,15 +135,17 @@ def check(binding: Binding) -> None:
         check_digest(rule.pack_digest, f"{where}.pack_digest")
         _check_share(rule.labels, rule.fraction, rule.fraction_salt, where)
         _at_most(len(rule.model), 4 * MAX_TEXT, f"{where}.model")
+    if binding.shadow_pack_digest:
+        check_digest(binding.shadow_pack_digest, "binding.shadow_pack_digest")
     _at_most(len(binding.overlays), MAX_OVERLAYS, "binding.overlays")
     for i, overlay in enumerate(binding.overlays):
-        where = f"binding.overlays[{i}]"
-        _check_share(overlay.labels, overlay.fraction, overlay.fraction_salt, where)
-        if not 0 < overlay.slow_down_factor <= MAX_SCALE:
-            raise InvalidArgument(
-                f"{where}.slow_down_factor is {overlay.slow_down_factor}; allowed: above 0, at most {MAX_SCALE:g}",
-                field=f"{where}.slow_down_factor",
-            )
+        _check_overlay(overlay, f"binding.overlays[{i}]")
+    product = math.prod([max(1.0, factor) for factor in (binding.time_scale, *_factors(binding))])
+    if product > MAX_PRODUCT:
+        raise InvalidArgument(
+            f"time_scale and the slow-downs of the overlays together are {product:g}; allowed: at most {MAX_PRODUCT:g}",
+            field="binding.overlays",
+        )
     if not 0 <= binding.draft_acceptance_rate <= 1:
         raise InvalidArgument(
             f"binding.draft_acceptance_rate is {binding.draft_acceptance_rate}; allowed: 0 (unknown) to 1",
@@ -139,6 +164,74 @@ def check(binding: Binding) -> None:
             f"the binding has {size:,} bytes; allowed: at most {MAX_BYTES:,}. Give fewer or shorter labels, or fewer "
             "quantiles",
             field="binding",
+        )
+
+
+def _factors(binding: Binding) -> list[float]:
+    return [overlay.slow_down_factor for overlay in binding.overlays]
+
+
+def _check_overlay(overlay: Overlay, where: str) -> None:
+    _check_share(overlay.labels, overlay.fraction, overlay.fraction_salt, where)
+    _at_most(len(overlay.engine_ids), MAX_ENGINE_IDS, f"{where}.engine_ids")
+    for engine_id in overlay.engine_ids:
+        check_engine_id(engine_id, f"{where}.engine_ids")
+    values: tuple[tuple[str, float, bool, str], ...] = (
+        (
+            "slow_down_factor",
+            overlay.slow_down_factor,
+            0 < overlay.slow_down_factor <= MAX_SCALE,
+            f"above 0 (0 means 1), at most {MAX_SCALE:g}",
+        ),
+        (
+            "stall_every_steps",
+            overlay.stall_every_steps,
+            overlay.stall_every_steps <= MAX_EVERY_STEPS,
+            "0 (none) to 2^32",
+        ),
+        (
+            "error_every_steps",
+            overlay.error_every_steps,
+            overlay.error_every_steps <= MAX_EVERY_STEPS,
+            "0 (none) to 2^32",
+        ),
+        ("stall_ns", overlay.stall_ns, overlay.stall_ns <= MAX_STALL_NS, f"at most {MAX_STALL_NS} (an hour)"),
+        (
+            "stall_ns",
+            overlay.stall_ns,
+            (overlay.stall_ns > 0) == (overlay.stall_every_steps > 0),
+            "above 0 with stall_every_steps, 0 without: a stall has a length and a share of steps",
+        ),
+        (
+            "degradation_per_hour",
+            overlay.degradation_per_hour,
+            0 <= overlay.degradation_per_hour <= MAX_DEGRADATION_PER_HOUR,
+            f"0 (none) to {MAX_DEGRADATION_PER_HOUR:g}",
+        ),
+        (
+            "end_step_index",
+            overlay.end_step_index,
+            overlay.end_step_index == 0 or overlay.end_step_index > overlay.begin_step_index,
+            f"0 (no end), or above begin_step_index, which is {overlay.begin_step_index}",
+        ),
+        (
+            "end_device_time_ns",
+            overlay.end_device_time_ns,
+            overlay.end_device_time_ns == 0 or overlay.end_device_time_ns > overlay.begin_device_time_ns,
+            f"0 (no end), or above begin_device_time_ns, which is {overlay.begin_device_time_ns}",
+        ),
+    )
+    for name, value, is_allowed, allowed in values:
+        if not is_allowed:
+            raise InvalidArgument(f"{where}.{name} is {value}; allowed: {allowed}", field=f"{where}.{name}")
+    if not (
+        overlay.slow_down_factor != 1
+        or overlay.stall_every_steps
+        or overlay.error_every_steps
+        or overlay.degradation_per_hour
+    ):
+        raise InvalidArgument(
+            f"{where} has no effect; give it a slow_down_factor, stalls, errors or a degradation_per_hour", field=where
         )
 
 

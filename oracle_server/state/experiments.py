@@ -30,6 +30,7 @@ from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineRecord, check_activation
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.records import Records
+from oracle_server.state.shadow import Comparison, ShadowBook, summed
 from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
 
@@ -49,6 +50,7 @@ class LiveExperiment:
         "name",
         "rated_steps",
         "sampled_steps",
+        "shadows",
         "snapshot",
         "tenant",
         "watches",
@@ -62,6 +64,8 @@ class LiveExperiment:
         self.current = row.current
         self.snapshot = snapshot
         self.engines: dict[str, EngineRecord] = {}
+        # What this process compared; other processes have their own.
+        self.shadows = ShadowBook()
         self.deleted = False
         # Steps answered by SampleStep, and how many there were at the last look at the tenant's rate.
         self.sampled_steps = self.rated_steps = 0
@@ -111,6 +115,9 @@ class Followers(Protocol):
     async def admit(self, admission: Admission) -> None:
         """Answer these callers, and end what was opened by others. Never fails."""
 
+    async def comparisons(self, name: str) -> Sequence[Sequence[Comparison]]:
+        """What each compared of an experiment's steps with its shadow packs."""
+
 
 class Alone:
     """No other process: this one answers all steps."""
@@ -129,6 +136,10 @@ class Alone:
 
     async def admit(self, admission: Admission) -> None:
         """Nothing to do."""
+
+    async def comparisons(self, name: str) -> Sequence[Sequence[Comparison]]:
+        """Nothing to add."""
+        return ()
 
 
 class Experiments:
@@ -304,6 +315,12 @@ class Experiments:
         return await self._records.call(
             self._records.store.generations_before, live.tenant, live.experiment, before, limit
         )
+
+    async def compared(self, name: str, generation: int) -> Comparison:
+        """What a generation's shadow pack showed, over all processes; 0: the newest. GenerationNotFound."""
+        live = self.find(name)
+        elsewhere = await self._followers.comparisons(name)
+        return summed([live.shadows.comparisons(), *elsewhere], generation, name)
 
     async def delete(self, name: str) -> None:
         """Forget an experiment; ExperimentInUse while engines are attached."""

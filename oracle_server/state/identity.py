@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from oracle_server.errors import NoRuleMatches
 from oracle_server.sampling import draws
-from oracle_server.state.binding import Binding, Overlay, Rule
+from oracle_server.state.binding import Binding, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +47,16 @@ def rule_fits(rule: Rule, identity: EngineIdentity) -> bool:
         return False
     if rule.tensor_parallel_size and identity.tensor_parallel_size not in (0, rule.tensor_parallel_size):
         return False
-    return _in_share(rule.labels, rule.fraction, rule.fraction_salt, identity)
+    return in_share(rule.labels, rule.fraction, rule.fraction_salt, identity)
 
 
-def slow_down_of(overlays: tuple[Overlay, ...], identity: EngineIdentity) -> float:
-    """Product of the slow-downs that touch the engine."""
-    factor = 1.0
-    for overlay in overlays:
-        if _in_share(overlay.labels, overlay.fraction, overlay.fraction_salt, identity):
-            factor *= overlay.slow_down_factor
-    return factor
+def is_named(engine_ids: Collection[str], identity: EngineIdentity) -> bool:
+    """True where the engine, or the vLLM server it is a rank of, is among the ids."""
+    return identity.engine_id in engine_ids or draws.server_of(identity.engine_id) in engine_ids
 
 
-def _in_share(labels: Mapping[str, str], fraction: float, salt: str, identity: EngineIdentity) -> bool:
+def in_share(labels: Mapping[str, str], fraction: float, salt: str, identity: EngineIdentity) -> bool:
+    """True where the engine has the labels and its server stands below the fraction; 0 takes all."""
     if any(identity.labels.get(key) != value for key, value in labels.items()):
         return False
     return fraction == 0 or draws.fraction_draw(salt, identity.engine_id) < fraction

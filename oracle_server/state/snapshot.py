@@ -6,24 +6,26 @@ randomness.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from oracle_server.errors import AcceptanceUnknown, StaleGeneration, SupportRefused
+from oracle_server.errors import AcceptanceUnknown, BadStep, StaleGeneration, SupportRefused
 from oracle_server.pack import Manifest
 from oracle_server.sampling import draws
-from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, DecodeRecord
+from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, Answer, DecodeRecord
 from oracle_server.sampling.oracle import Oracle
 from oracle_server.sampling.shape import StepQuery
 from oracle_server.state.binding import SUPPORT_REFUSE, Binding, length_tables
-from oracle_server.state.identity import EngineIdentity, pack_of, slow_down_of
+from oracle_server.state.identity import EngineIdentity, pack_of
+from oracle_server.state.overlays import effects_of, scaled
 
 # Numbers of step_oracle.v1.LengthSource.
 LENGTH_IGNORE_EOS = 1
 LENGTH_HINT = 2
 LENGTH_TABLE = 3
 LENGTH_NONE = 4
+# As the kernels have it.
+LATENCY_LIMIT_NS = 1 << 62
 
 
 class LoadedPack:
@@ -60,6 +62,9 @@ class StepAnswer(NamedTuple):
     support: int
     knowledge: int
     distance: float
+    # What overlays put in: part of the latency, and whether the step fails.
+    stall_ns: int = 0
+    is_error: bool = False
 
 
 class Snapshot:
@@ -90,6 +95,11 @@ class Snapshot:
         """Everything about one engine that does not change from step to step; NoRuleMatches."""
         return EnginePlan(self, self.pack_for(identity), identity)
 
+    def shadow_plan(self, identity: EngineIdentity) -> EnginePlan | None:
+        """What would answer the engine's steps were the shadow pack bound; None where there is none."""
+        digest = self.binding.shadow_pack_digest
+        return EnginePlan(self, self.packs[digest], identity) if digest else None
+
 
 class EnginePlan:
     """Immutable: what answers the steps of one engine under one snapshot."""
@@ -102,10 +112,13 @@ class EnginePlan:
         "_oracle",
         "_pack",
         "_refuse",
+        "_schedule",
         "_seed",
         "copy_ns",
         "generation",
         "key",
+        "leasable",
+        "pack_digest",
         "prep_ns",
         "residual_pool",
         "snapshot",
@@ -122,7 +135,11 @@ class EnginePlan:
         self.residual_pool = pack.oracle.residual_pool
         # Of all its draws.
         self.key = draws.engine_key(binding.seed, identity.engine_id)
-        self._latency_factor = binding.time_scale * slow_down_of(binding.overlays, identity)
+        self.pack_digest = pack.digest
+        constant, self._schedule = effects_of(binding.overlays, identity, self.key, binding.time_scale)
+        self._latency_factor = binding.time_scale * constant
+        # A shadow is compared at every step, and a schedule decides at every step: the server has to see them all.
+        self.leasable = self._schedule is None and not binding.shadow_pack_digest
         self.prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
         self.copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
         self._refuse = binding.support_policy == SUPPORT_REFUSE
@@ -130,12 +147,26 @@ class EnginePlan:
         self._lengths = snapshot.lengths
 
     def answer(
-        self, step_index: int, query: StepQuery, draft_tokens: Sequence[int], new_requests: Sequence[NewRequest]
+        self,
+        step_index: int,
+        query: StepQuery,
+        draft_tokens: Sequence[int],
+        new_requests: Sequence[NewRequest],
+        device_time_ns: int = 0,
     ) -> StepAnswer:
-        """The answer to one step; SupportRefused, AcceptanceUnknown."""
-        latency_ns, support, distance, knowledge = self._oracle.answer(
-            query, self.key, step_index, self._latency_factor
-        )
+        """The answer to one step; SupportRefused, AcceptanceUnknown.
+
+        `device_time_ns` is how long the engine's device was busy before the step, as the step says.
+        """
+        if self._schedule is None:
+            stall_ns, is_error = 0, False
+            latency_ns, support, distance, knowledge = self._oracle.answer(
+                query, self.key, step_index, self._latency_factor
+            )
+        else:
+            (latency_ns, support, distance, knowledge), stall_ns, is_error = self._scheduled(
+                step_index, query, device_time_ns
+            )
         if support == SUPPORT_EXTRAPOLATED and self._refuse:
             self._raise_refused(step_index, query)
         accepted = self._accept(step_index, draft_tokens) if draft_tokens else ()
@@ -149,14 +180,25 @@ class EnginePlan:
             support,
             knowledge,
             distance,
+            stall_ns,
+            is_error,
         )
+
+    def latency(self, step_index: int, query: StepQuery, device_time_ns: int) -> tuple[int, int]:
+        """(Latency, support) of one step, overlays included, whatever the support policy says."""
+        if self._schedule is None:
+            return self._oracle.answer(query, self.key, step_index, self._latency_factor)[:2]
+        return self._scheduled(step_index, query, device_time_ns)[0][:2]
 
     def lease(self, query: StepQuery) -> DecodeRecord | None:
         """The piece a decode-only step without draft tokens is answered from, where the engine may have it.
 
-        Constant factors are folded in. None where the model has no piece, where its points differ in more than latency,
-        where the support policy refuses it, or where the step itself was not answered from it.
+        Constant factors are folded in. None where the plan is not `leasable`, where the model has no piece, where its
+        points differ in more than latency, where the support policy refuses it, or where the step itself was not
+        answered from it.
         """
+        if not self.leasable:
+            return None
         record = self._oracle.decode_record(
             query.num_decode_requests,
             query.decode_context_tokens,
@@ -167,6 +209,20 @@ class EnginePlan:
             return None
         # Such a step is asked for although the engine may have the piece.
         return None if record.not_after_prefill and query.previous_prefill_tokens else record
+
+    def _scheduled(self, step_index: int, query: StepQuery, device_time_ns: int) -> tuple[Answer, int, bool]:
+        """(Answer, stalls in its latency, whether the step fails) where overlays change from step to step."""
+        schedule = self._schedule
+        assert schedule is not None  # noqa: S101  its callers have looked
+        effect = schedule.at(step_index, device_time_ns)
+        answer = self._oracle.answer(query, self.key, step_index, self._latency_factor * effect.factor)
+        latency_ns = answer.latency_ns + effect.stall_ns
+        if latency_ns >= LATENCY_LIMIT_NS:
+            raise BadStep(
+                f"step {step_index} takes {latency_ns} ns with the overlays of generation {self.generation} of "
+                f"{self._experiment}, at {device_time_ns} ns of device time; allowed: below 2^62. Activate smaller ones"
+            )
+        return answer._replace(latency_ns=latency_ns), effect.stall_ns, effect.is_error
 
     def _accept(self, step_index: int, draft_tokens: Sequence[int]) -> tuple[int, ...]:
         """Accepted draft tokens of each request: each with the same probability, until the first that is not."""
@@ -209,8 +265,3 @@ class EnginePlan:
             f"pack {self._pack.digest} ({coverage[:1000] or 'coverage not stated'}) and the support policy is refuse; "
             "activate a pack that covers it or the support policy serve"
         )
-
-
-def scaled(value_ns: int, scale: float) -> int:
-    """floor(value x scale + 0.5): what a factor on a time means everywhere."""
-    return value_ns if scale == 1.0 else math.floor(value_ns * scale + 0.5)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from oracle_server.errors import NoRuleMatches
-from oracle_server.state.binding import Binding, Overlay, Rule
-from oracle_server.state.identity import EngineIdentity, pack_of, rule_fits, slow_down_of
+from oracle_server.state.binding import Binding, Rule
+from oracle_server.state.identity import EngineIdentity, pack_of, rule_fits
 
 ENGINE = EngineIdentity("tenants/default/experiments/e", "server-1", {"gpu": "l40s"}, "/models/Qwen3-4B", 2)
 
@@ -61,8 +61,3 @@ def test_rules_of_one_salt_split_the_same_servers() -> None:
     for i in range(200):
         engine = replace(ENGINE, engine_id=f"server-{i}")
         assert rule_fits(half, engine) or not rule_fits(less, engine)
-
-
-def test_slow_downs_that_touch_an_engine_multiply() -> None:
-    overlays = (Overlay(1.5), Overlay(2.0, labels={"gpu": "l40s"}), Overlay(9.0, labels={"gpu": "h100"}))
-    assert slow_down_of(overlays, ENGINE) == 3.0

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from builders import decode_query
-from oracle_server.errors import AcceptanceUnknown, NoRuleMatches, StaleGeneration, SupportRefused
+from oracle_server.errors import AcceptanceUnknown, BadStep, NoRuleMatches, StaleGeneration, SupportRefused
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import Answer
 from oracle_server.sampling.shape import StepQuery
 from oracle_server.state.binding import Binding, LengthClass, LengthTable, Overlay, Rule
 from oracle_server.state.identity import EngineIdentity
+from oracle_server.state.overlays import scaled
 from oracle_server.state.snapshot import (
     LENGTH_HINT,
     LENGTH_IGNORE_EOS,
@@ -23,7 +25,6 @@ from oracle_server.state.snapshot import (
     LoadedPack,
     NewRequest,
     Snapshot,
-    scaled,
 )
 
 ENGINE = EngineIdentity("tenants/default/experiments/e", "server-1/dp0", {}, "m", 1)
@@ -58,6 +59,53 @@ def snapshot(oracle: Fixed | None = None, **binding: Any) -> Snapshot:
     manifest = cast(Any, SimpleNamespace(coverage={"max_tokens": 99}))
     packs = {digest: LoadedPack(digest, manifest, oracle or Fixed()) for digest in ("a", "b")}
     return Snapshot("tenants/default/experiments/e", 3, Binding(**{"default_pack_digest": "a", **binding}), packs)
+
+
+def test_the_overlays_of_a_step_act_together() -> None:
+    overlays = (
+        Overlay(3.0),
+        Overlay(2.0, begin_step_index=10, end_step_index=20),
+        Overlay(stall_every_steps=1, stall_ns=700, error_every_steps=1, begin_device_time_ns=5000),
+        Overlay(7.0, labels={"x": "y"}),
+    )
+    plan = snapshot(time_scale=0.5, overlays=overlays).plan(ENGINE)
+    found = {
+        (step, time_ns): (answer.latency_ns, answer.stall_ns, answer.is_error)
+        for step, time_ns in ((9, 0), (10, 0), (19, 4999), (20, 5000), (10, 5000))
+        for answer in (plan.answer(step, QUERY, (), (), time_ns),)
+    }
+    assert found == {
+        (9, 0): (1500, 0, False),
+        (10, 0): (3000, 0, False),
+        (19, 4999): (3000, 0, False),
+        (20, 5000): (1850, 350, True),
+        (10, 5000): (3350, 350, True),
+    }
+
+
+def test_only_engines_that_a_varying_overlay_touches_go_without_leases() -> None:
+    touched, other = Overlay(stall_every_steps=9, stall_ns=1, engine_ids=("server-1",)), Overlay(2.0)
+    assert snapshot(overlays=(other,)).plan(ENGINE).leasable
+    assert not snapshot(overlays=(other, touched)).plan(ENGINE).leasable
+    assert snapshot(overlays=(other, touched)).plan(replace(ENGINE, engine_id="server-2/dp0")).leasable
+    assert not snapshot(overlays=(Overlay(2.0, end_step_index=1),)).plan(ENGINE).leasable
+    assert not snapshot(shadow_pack_digest="b").plan(ENGINE).leasable
+
+
+def test_a_shadow_pack_has_no_say_in_an_answer() -> None:
+    plain, shadowed = snapshot().plan(ENGINE), snapshot(shadow_pack_digest="b", support_policy="refuse")
+    assert shadowed.plan(ENGINE).answer(3, QUERY, (), ()) == plain.answer(3, QUERY, (), ())
+    plan = shadowed.shadow_plan(ENGINE)
+    assert plan is not None
+    assert plan.pack_digest == "b"
+    assert plan.latency(3, QUERY, 0) == (1000, 1)
+    assert snapshot().shadow_plan(ENGINE) is None
+
+
+def test_a_latency_beyond_the_range_is_refused_and_names_the_overlays() -> None:
+    long = Fixed(latency_ns=(1 << 62) - 5)
+    with pytest.raises(BadStep, match="overlays of generation 3"):
+        snapshot(long, overlays=(Overlay(stall_every_steps=1, stall_ns=1000),)).plan(ENGINE).answer(0, QUERY, (), ())
 
 
 def test_a_step_is_drawn_with_the_key_of_its_engine() -> None:
