@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oracle_server.cli import experiments, packs, tenants
+from oracle_server.cli import experiments, overlays, packs, shadows, tenants
 from oracle_server.cli.console import FAILED, Json, connect, exits, print_json
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app = typer.Typer(
 app.add_typer(packs.app)
 app.add_typer(experiments.app)
 app.add_typer(tenants.app)
+experiments.app.command("overlay")(overlays.overlay)
+experiments.app.command("shadow")(shadows.shadow)
 
 
 @app.command()
