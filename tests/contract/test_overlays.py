@@ -136,7 +136,7 @@ def test_leases_end_for_exactly_the_engines_that_a_schedule_touches(calls: Calls
     constant, varying = pb.Overlay(slow_down_factor=1.5), pb.Overlay(slow_down_factor=2, end_step_index=7)
     varying.engine_ids.append("touched")
     streams = {name: join(calls, name) for name in ("touched", "other")}
-    seen = []
+    seen: list[dict[str, bool]] = []
     for overlays in ((constant,), (constant, varying), (constant,)):
         calls.activate(digest, **overlay(experiment.binding, *overlays))
         seen.append({name: stream.ask(decode(len(seen)))[0].HasField("lease") for name, stream in streams.items()})
