@@ -39,8 +39,9 @@ def draw_report(report: ExperimentReport, path: Path) -> None:
     else:
         last.text(0.5, 0.5, "one arm: nothing to compare", ha="center", va="center", color=_GREY)
         last.set_axis_off()
-    below = 0.1 + 0.045 * len(report.arms)
-    figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=below + 0.1, wspace=0.28)
+    # Of the line that says what the first arm is; the others stand below it.
+    below = 0.03 + 0.045 * (len(report.arms) - 1)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=below + 0.16, wspace=0.34)
     figure.text(0.05, 0.94, _title(report), fontsize=14, weight="bold", parse_math=False)
     figure.text(0.05, 0.895, _subtitle(report), fontsize=9, color=_GREY, parse_math=False)
     for number, each in enumerate(report.arms):
@@ -80,7 +81,7 @@ def _differences(axes: Axes, report: ExperimentReport) -> None:
             if len(others) == 1:
                 label = f"{found.value:+.1f}"
                 axes.annotate(label, (found.value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(places, [metric.name for metric in METRICS], fontsize=9)
+    axes.set_yticks(places, [metric.name.replace(" per", "\nper") for metric in METRICS], fontsize=9)
     axes.set_ylim(-0.6, len(METRICS) - 0.4)
     axes.set_xlabel(f"difference to {report.arms[0].arm.name}, %", parse_math=False)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
