@@ -63,6 +63,7 @@ class StepStream:
         self._plan: EnginePlan | None = None
         # The engine's steps beside those of the generation's shadow pack, where it has one.
         self._shadowing: Shadowing | None = None
+        self._said_error = False
         # None: this engine, or this server, goes without.
         self._leases = Leases() if leases else None
         self._announced = 0
@@ -233,10 +234,12 @@ class StepStream:
         if answer.is_error:
             self._metrics.injected_errors += 1
             identity = record.identity
-            # At most one per life of an engine: it ends by this.
-            self._events.info(
-                "injected error", experiment=identity.experiment, engine=identity.engine_id, step=step_index
-            )
+            # An engine ends by its first one; whoever goes on asking fills no log.
+            if not self._said_error:
+                self._said_error = True
+                self._events.info(
+                    "injected error", experiment=identity.experiment, engine=identity.engine_id, step=step_index
+                )
 
     def _count(self, counts: pb.ShimCounts, record: EngineRecord) -> None:
         metrics = self._metrics
