@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2  # noqa: F401 - reflection then describ
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.registry import Collector
 
 from oracle_server.config import ServerConfig
@@ -24,8 +24,10 @@ from oracle_server.errors import OracleError, StoreFailed
 from oracle_server.logs import configure
 from oracle_server.operator_file import OperatorFile
 from oracle_server.rpc.experiment_service import ExperimentService
+from oracle_server.rpc.exposition import MetricsCollector
 from oracle_server.rpc.gate import Gate
-from oracle_server.rpc.metrics import Metrics, MetricsCollector
+from oracle_server.rpc.loop_lag import watch_loop
+from oracle_server.rpc.metrics import Metrics, total_steps
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.rpc.pack_service import ProfilePackService
 from oracle_server.rpc.tenant_metrics import TenantCollector
@@ -75,6 +77,7 @@ def serve(config: ServerConfig) -> int:
 async def _serve(config: ServerConfig) -> int:
     refused = take_scheduling(config.scheduling)
     metrics = Metrics()
+    metrics.processes = 1
     events, log_writer = configure(metrics.count_dropped_line)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
@@ -110,12 +113,16 @@ async def _serve(config: ServerConfig) -> int:
     gc.freeze()
     for service in ("", *SERVICES):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    metrics.ready = 1
+    lag = asyncio.create_task(watch_loop(metrics))
     metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])
     events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled))
     print(
         f"step-oracle: ready at {', '.join(addresses)}; metrics {metrics_address}; state {config.state_dir}", flush=True
     )
     await stop.wait()
+    metrics.ready = 0
+    lag.cancel()
     # A peer that watches its health and does not read must not hold up the end.
     with suppress(TimeoutError):
         await asyncio.wait_for(health.enter_graceful_shutdown(), 1.0)
@@ -126,7 +133,7 @@ async def _serve(config: ServerConfig) -> int:
     await node.close()
     if metrics_server is not None:
         metrics_server[0].shutdown()
-    events.info("drained", steps=sum(metrics.steps))
+    events.info("drained", steps=total_steps(metrics))
     await asyncio.to_thread(log_writer.close)
     return 0
 
@@ -199,6 +206,7 @@ def serve_metrics(config: ServerConfig, *collectors: Collector) -> tuple[Any, An
     registry = CollectorRegistry()
     for collector in collectors:
         registry.register(collector)
+    ProcessCollector(registry=registry)
     host, _, port = config.metrics.rpartition(":")
     try:
         return start_http_server(int(port), addr=host.strip("[]"), registry=registry)

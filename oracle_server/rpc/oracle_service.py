@@ -109,11 +109,12 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
         snapshot = live.snapshot
         snapshot.check_generation(request.min_generation)
         plan = snapshot.plan(identity)
+        steps_by_support = self.metrics.steps_of(live.tenant)
         response = pb.SampleStepResponse()
         for step in request.steps:
             query, drafts, new_requests = wire.read_step(step)
             answer = plan.answer(step.step_index, query, drafts, new_requests, step.device_time_ns)
             wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
-            self.metrics.steps[answer.support] += 1
+            steps_by_support[answer.support] += 1
             live.sampled_steps += 1
         return response

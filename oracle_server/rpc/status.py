@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from time import perf_counter_ns
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import any_pb2, duration_pb2
@@ -61,6 +62,7 @@ def unary(
     @functools.wraps(handler)
     async def answer(self: Any, request: _Request, context: Any) -> _Response:
         metrics: Metrics = self.metrics
+        begin = perf_counter_ns()
         try:
             response = await handler(self, request, context)
         except OracleError as error:
@@ -69,6 +71,8 @@ def unary(
         except Exception as error:  # noqa: BLE001 - the edge: it is logged with its trace and answered
             metrics.count_call(handler.__name__, "INTERNAL", "UNSPECIFIED")
             await abort(context, internal(handler.__name__, error))
+        finally:
+            metrics.time_call(handler.__name__, perf_counter_ns() - begin)
         metrics.count_call(handler.__name__, "OK", "")
         return response
 

@@ -64,6 +64,8 @@ class StepStream:
         # The engine's steps beside those of the generation's shadow pack, where it has one.
         self._shadowing: Shadowing | None = None
         self._said_error = False
+        # The steps of its tenant by support, once it is open.
+        self._steps_by_support: list[int] = []
         # None: this engine, or this server, goes without.
         self._leases = Leases() if leases else None
         self._announced = 0
@@ -121,6 +123,7 @@ class StepStream:
             frozenset(first.open.allow_mismatch),
             self,
         )
+        self._steps_by_support = self._metrics.steps_of(live.tenant)
         why = "cancelled"
         try:
             opened = pb.StreamOpened(incarnation=record.incarnation, generation=live.snapshot.generation)
@@ -169,7 +172,7 @@ class StepStream:
     ) -> None:
         """Answer one message. What comes before a step that cannot be answered is sent before the error."""
         if request.HasField("counts"):
-            self._count(request.counts, record)
+            self._count(request.counts, live.tenant, record)
         failure: OracleError | None = None
         if request.steps:
             begin = perf_counter_ns()
@@ -198,7 +201,7 @@ class StepStream:
         response: pb.StreamStepsResponse,
     ) -> None:
         counts = record.counts
-        steps_by_support = self._metrics.steps
+        steps_by_support = self._steps_by_support
         leases = self._leases
         min_generation = request.min_generation
         for step in request.steps:
@@ -241,12 +244,13 @@ class StepStream:
                     "injected error", experiment=identity.experiment, engine=identity.engine_id, step=step_index
                 )
 
-    def _count(self, counts: pb.ShimCounts, record: EngineRecord) -> None:
+    def _count(self, counts: pb.ShimCounts, tenant: str, record: EngineRecord) -> None:
         metrics = self._metrics
+        steps_by_support = self._steps_by_support
         # Steps this server did not see: with them its own counts are complete.
         record.counts.steps += counts.leased_steps
-        for support, steps in enumerate(counts.leased_steps_by_support[: len(metrics.steps)]):
-            metrics.steps[support] += steps
+        for support, steps in enumerate(counts.leased_steps_by_support[: len(steps_by_support)]):
+            steps_by_support[support] += steps
             if support == SUPPORT_EXTRAPOLATED:
                 record.counts.extrapolated_steps += steps
         record.counts.late_answers += counts.late_answers
@@ -254,13 +258,15 @@ class StepStream:
         record.counts.reconnects += counts.reconnects
         metrics.shim_steps += counts.steps
         metrics.shim_leased_steps += counts.leased_steps
-        metrics.shim_late_answers += counts.late_answers
-        metrics.shim_late_answer_ns += counts.late_answer_ns
+        metrics.count_late_answers(tenant, counts.late_answers, counts.late_answer_ns)
         metrics.shim_reconnects += counts.reconnects
         metrics.shim_lateness_sum_ns += counts.lateness_sum_ns
         # An older shim may know fewer buckets, a newer one more: what does not fit is left out.
-        for i, count in enumerate(counts.lateness_buckets[: len(metrics.shim_lateness_buckets)]):
+        buckets = counts.lateness_buckets[: len(metrics.shim_lateness_buckets)]
+        for i, count in enumerate(buckets):
             metrics.shim_lateness_buckets[i] += count
+        record.counts.add_lateness(buckets)
+        record.counts.lateness_sum_ns += counts.lateness_sum_ns
 
     async def _push(self) -> None:
         pushed = 0

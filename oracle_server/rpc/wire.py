@@ -191,6 +191,8 @@ def write_engine(record: EngineRecord, generation: int) -> experiment_pb2.Attach
         leased_steps=counts.leased_steps,
         reconnects=counts.reconnects,
         degraded=record.degraded,
+        lateness_buckets=counts.lateness_buckets,
+        lateness_sum_ns=counts.lateness_sum_ns,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from oracle_server.rpc.metrics import Metrics, MetricsCollector
+from oracle_server.rpc.exposition import Labels, MetricsCollector
+from oracle_server.rpc.metrics import Metrics
 from oracle_server.state.experiments import Experiments
 
 SCRAPE_SECONDS = 2.0
@@ -28,27 +29,32 @@ class SummedCollector(Collector):
         self._total = total
         self._experiments = experiments
         self._loop = loop
+        self._tenants, self._names = Labels(), Labels()
 
     def collect(self) -> Iterable[Metric]:
         """All families."""
         metrics = asyncio.run_coroutine_threadsafe(self._total(), self._loop).result(SCRAPE_SECONDS)
-        return MetricsCollector(metrics, self._experiments).collect()
+        return MetricsCollector(metrics, self._experiments, self._tenants, self._names).collect()
 
 
 def counts_of(metrics: Metrics) -> dict[str, Any]:
     """The counts by name, as they are now."""
-    return {name: copy.copy(value) for name, value in vars(metrics).items()}
+    return copy.deepcopy(vars(metrics))
 
 
 def add_counts(total: Metrics, part: Mapping[str, Any]) -> None:
     """Add numbers, lists element by element, tables key by key."""
     for name, value in part.items():
-        known = getattr(total, name)
-        if isinstance(value, Mapping):
-            for key, count in value.items():
-                known[key] = known.get(key, 0) + count
-        elif isinstance(value, list):
-            for i, count in enumerate(value):
-                known[i] += count
-        else:
-            setattr(total, name, known + value)
+        setattr(total, name, _sum(getattr(total, name), value))
+
+
+def _sum(known: Any, value: Any) -> Any:
+    """The sum; tables and lists are added to in place."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            known[key] = _sum(known[key], part) if key in known else copy.copy(part)
+        return known
+    if isinstance(value, list):
+        known[:] = [count + part for count, part in zip(known, value, strict=True)]
+        return known
+    return known + value

@@ -14,7 +14,8 @@ from oracle_server.errors import StoreFailed
 from oracle_server.logs import configure
 from oracle_server.operator_file import OperatorFile
 from oracle_server.rpc.gate import Gate
-from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.loop_lag import watch_loop
+from oracle_server.rpc.metrics import Metrics, total_steps
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
 from oracle_server.server import add_services, address_of, bind, guard, options, serve_metrics, started
@@ -35,6 +36,7 @@ async def serve_sharded(config: ServerConfig) -> int:
     """Run until SIGTERM or SIGINT; the exit status. StoreFailed where it cannot start."""
     refused = take_scheduling(config.scheduling)
     metrics = Metrics()
+    metrics.processes = 1
     events, log_writer = configure(metrics.count_dropped_line)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     if config.tls:
@@ -65,7 +67,7 @@ async def serve_sharded(config: ServerConfig) -> int:
         pool.add_to(total)
         return total
 
-    pool = ShardPool(config.shards, task_of, events)
+    pool = ShardPool(config.shards, task_of, events, metrics)
     node = Node(config.state_dir, followers=pool)
     streams = ShardStreams(node)
     gates = () if operator is None else (Gate(node.credentials, metrics, open_services=(SERVICE,)),)
@@ -80,6 +82,7 @@ async def serve_sharded(config: ServerConfig) -> int:
         loop.add_signal_handler(number, stop.set)
     metrics_server = None
     guards: list[asyncio.Task[None]] = []
+    lag = asyncio.create_task(watch_loop(metrics))
     try:
         metrics_server = serve_metrics(
             config, SummedCollector(total, node.experiments, loop), TenantCollector(node.rates)
@@ -94,8 +97,11 @@ async def serve_sharded(config: ServerConfig) -> int:
         metrics_address = "off" if metrics_server is None else address_of(metrics_server[0])
         events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled), shards=config.shards)
         print(f"step-oracle: ready at {addresses}; metrics {metrics_address}; state {config.state_dir}", flush=True)
+        metrics.ready = 1
         await stop.wait()
     finally:
+        metrics.ready = 0
+        lag.cancel()
         for task in guards:
             task.cancel()
         node.experiments.drain()
@@ -108,7 +114,7 @@ async def serve_sharded(config: ServerConfig) -> int:
         reservation.close()
         if metrics_server is not None:
             metrics_server[0].shutdown()
-    events.info("drained", steps=sum((await total()).steps))
+    events.info("drained", steps=total_steps(await total()))
     await asyncio.to_thread(log_writer.close)
     return 0
 

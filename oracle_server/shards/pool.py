@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any
 
 from oracle_server.errors import OracleError, StoreFailed, Unavailable
-from oracle_server.rpc.metrics import Metrics
+from oracle_server.rpc.metrics import PRESENT, Metrics
 from oracle_server.rpc.status import internal
 from oracle_server.rpc.step_stream import Events
 from oracle_server.shards.counts import add_counts, counts_of
@@ -64,10 +64,11 @@ class ShardPool:
     _node: Node
     _streams: ShardStreams
 
-    def __init__(self, number: int, task_of: Callable[[int, int], ShardTask], events: Events) -> None:
+    def __init__(self, number: int, task_of: Callable[[int, int], ShardTask], events: Events, metrics: Metrics) -> None:
         self._number = number
         self._task_of = task_of
         self._events = events
+        self._metrics = metrics
         self._processes = count(1)
         self._shards: dict[int, ShardProcess] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -162,6 +163,7 @@ class ShardPool:
                 return
             if not self._healthy:
                 raise StoreFailed(f"shard {shard} ended before it was ready: {why}")
+            self._metrics.shard_restarts += 1
             self._events.info("shard ended", shard=shard, pid=pid, why=why)
             quick = quick + 1 if loop.time() - began < STEADY_SECONDS else 0
             await asyncio.sleep(DELAYS_SECONDS[min(quick, len(DELAYS_SECONDS) - 1)])
@@ -269,7 +271,7 @@ class ShardPool:
     async def _bury(self, process: ShardProcess) -> None:
         """What a process leaves: its streams are closed, its counts kept."""
         process.serving = False
-        add_counts(self._retired, {**process.report.metrics, "streams": 0})
+        add_counts(self._retired, {**process.report.metrics, **dict.fromkeys(PRESENT, 0)})
         process.report = Report({}, {})
         if self._may_join.is_set():
             await self._streams.drop_shard(process.number)

@@ -18,6 +18,7 @@ from grpc_health.v1._async import HealthServicer
 
 from oracle_server.logs import configure
 from oracle_server.rpc.gate import Gate
+from oracle_server.rpc.loop_lag import watch_loop
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.server import SERVICES, add_health, bind, options
@@ -65,6 +66,7 @@ class Shard:
     def __init__(self, task: ShardTask) -> None:
         self._task = task
         self._metrics = Metrics()
+        self._metrics.processes = 1
         events, self._log_writer = configure(self._metrics.count_dropped_line)
         self._events = events.bind(shard=task.shard)
 
@@ -112,6 +114,7 @@ class Shard:
         # Nothing of the start is garbage any more: the collector need not look at it while steps are answered.
         gc.collect()
         gc.freeze()
+        self._lag = asyncio.create_task(watch_loop(self._metrics))
         if request.healthy:
             await self._set_healthy(None)
         await self._server.start()

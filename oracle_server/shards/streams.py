@@ -112,6 +112,8 @@ class ShardStreams:
             total, before = opened.record.counts, opened.counted
             for name in _COUNTS:
                 setattr(total, name, getattr(total, name) + getattr(now, name) - getattr(before, name))
+            padded = (*before.lateness_buckets, *[0] * (len(now.lateness_buckets) - len(before.lateness_buckets)))
+            total.add_lateness([new - old for new, old in zip(now.lateness_buckets, padded, strict=True)])
             opened.counted = now
 
     def count_sampled(self, process: int, sampled: Mapping[str, int]) -> None:
@@ -129,4 +131,5 @@ class ShardStreams:
             await self._node.attachments.close_stream(opened.record, opened.stream, by_engine=by_engine)
 
 
-_COUNTS = tuple(f.name for f in fields(EngineCounts))
+# All but the buckets, which are added one by one.
+_COUNTS = tuple(f.name for f in fields(EngineCounts) if f.name != "lateness_buckets")

@@ -36,6 +36,16 @@ class EngineCounts:
     late_answers: int = 0
     leased_steps: int = 0
     reconnects: int = 0
+    # As step_oracle.v1.ShimCounts.lateness_buckets; empty until its shim has said some.
+    lateness_buckets: list[int] = field(default_factory=list)
+    lateness_sum_ns: int = 0
+
+    def add_lateness(self, buckets: Sequence[int]) -> None:
+        """Add bucket by bucket; a newer shim may know more of them."""
+        known = self.lateness_buckets
+        known.extend([0] * (len(buckets) - len(known)))
+        for i, count in enumerate(buckets):
+            known[i] += count
 
 
 @dataclass(slots=True)

@@ -157,8 +157,8 @@ def test_metrics_count_steps_by_support(shared: Calls, shared_server: OracleProc
     stream.ask(decode(0), decode(1))
     after = read()
     stream.close()
-    key = 'step_oracle_steps_total{support="interpolated"}'
-    assert after[key] - before[key] == 2
+    key = 'step_oracle_steps_total{support="interpolated",tenant="default"}'
+    assert after[key] - before.get(key, 0) == 2
     assert after["step_oracle_step_handling_seconds_count"] - before["step_oracle_step_handling_seconds_count"] == 1
     assert after["step_oracle_streams"] == 1
     assert after[f'step_oracle_experiment_generation{{experiment="{EXPERIMENT}"}}'] == 1

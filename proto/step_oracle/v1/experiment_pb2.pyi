@@ -288,7 +288,7 @@ class ListEnginesResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[AttachedEngine, _Mapping]]] = ...) -> None: ...
 
 class AttachedEngine(_message.Message):
-    __slots__ = ("engine_id", "incarnation", "pack_digest", "generation", "model", "vllm_version", "labels", "streaming", "steps", "extrapolated_steps", "late_answers", "leased_steps", "reconnects", "degraded")
+    __slots__ = ("engine_id", "incarnation", "pack_digest", "generation", "model", "vllm_version", "labels", "streaming", "steps", "extrapolated_steps", "late_answers", "leased_steps", "reconnects", "degraded", "lateness_buckets", "lateness_sum_ns")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +310,8 @@ class AttachedEngine(_message.Message):
     LEASED_STEPS_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    LATENESS_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    LATENESS_SUM_NS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     incarnation: int
     pack_digest: str
@@ -324,7 +326,9 @@ class AttachedEngine(_message.Message):
     leased_steps: int
     reconnects: int
     degraded: bool
-    def __init__(self, engine_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., pack_digest: _Optional[str] = ..., generation: _Optional[int] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., streaming: bool = ..., steps: _Optional[int] = ..., extrapolated_steps: _Optional[int] = ..., late_answers: _Optional[int] = ..., leased_steps: _Optional[int] = ..., reconnects: _Optional[int] = ..., degraded: bool = ...) -> None: ...
+    lateness_buckets: _containers.RepeatedScalarFieldContainer[int]
+    lateness_sum_ns: int
+    def __init__(self, engine_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., pack_digest: _Optional[str] = ..., generation: _Optional[int] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., streaming: bool = ..., steps: _Optional[int] = ..., extrapolated_steps: _Optional[int] = ..., late_answers: _Optional[int] = ..., leased_steps: _Optional[int] = ..., reconnects: _Optional[int] = ..., degraded: bool = ..., lateness_buckets: _Optional[_Iterable[int]] = ..., lateness_sum_ns: _Optional[int] = ...) -> None: ...
 
 class DeleteExperimentRequest(_message.Message):
     __slots__ = ("name",)
