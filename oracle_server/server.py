@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import uvloop
+from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2  # noqa: F401 - reflection then describes the details of an error too
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -30,6 +31,7 @@ from oracle_server.rpc.loop_lag import watch_loop
 from oracle_server.rpc.metrics import Metrics, total_steps
 from oracle_server.rpc.oracle_service import OracleService
 from oracle_server.rpc.pack_service import ProfilePackService
+from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
@@ -51,6 +53,11 @@ SERVICES = (
     pack_pb2.DESCRIPTOR.services_by_name["ProfilePackService"].full_name,
     experiment_pb2.DESCRIPTOR.services_by_name["ExperimentService"].full_name,
     tenant_pb2.DESCRIPTOR.services_by_name["TenantService"].full_name,
+)
+METHODS = tuple(
+    f"/{service}/{method.name}"
+    for service in SERVICES
+    for method in descriptor_pool.Default().FindServiceByName(service).methods
 )
 # How often the steps of tenants with a quota are added up.
 RATE_SECONDS = 1.0
@@ -79,11 +86,13 @@ async def _serve(config: ServerConfig) -> int:
     metrics = Metrics()
     metrics.processes = 1
     events, log_writer = configure(metrics.count_dropped_line)
+    spans = open_spans(os.environ, events)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
     node = Node(config.state_dir)
+    traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
-    server = grpc.aio.server(interceptors=gates, options=options())
+    server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
     health = HealthServicer()
     add_services(server, node, metrics, events, leases=config.leases)
     add_health(server, health)
@@ -133,6 +142,8 @@ async def _serve(config: ServerConfig) -> int:
     await node.close()
     if metrics_server is not None:
         metrics_server[0].shutdown()
+    if spans is not None:
+        await asyncio.to_thread(spans.close)
     events.info("drained", steps=total_steps(metrics))
     await asyncio.to_thread(log_writer.close)
     return 0

@@ -15,7 +15,7 @@ import grpc
 from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from oracle_server.errors import InvalidArgument, OracleError
-from oracle_server.rpc import wire
+from oracle_server.rpc import spans, wire
 from oracle_server.rpc.leases import Leases
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.shadowing import Shadowing, shadowing_of
@@ -128,6 +128,7 @@ class StepStream:
         try:
             opened = pb.StreamOpened(incarnation=record.incarnation, generation=live.snapshot.generation)
             await self._answer(first, live, record, identity, pb.StreamStepsResponse(opened=opened))
+            spans.opened(live.name, identity.engine_id, opened.generation)
             while (request := await self._read()) is not EOF:
                 if request.HasField("open"):
                     raise InvalidArgument("`open` belongs to the first message of a stream only", field="open")

@@ -16,9 +16,10 @@ from oracle_server.operator_file import OperatorFile
 from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.loop_lag import watch_loop
 from oracle_server.rpc.metrics import Metrics, total_steps
+from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
-from oracle_server.server import add_services, address_of, bind, guard, options, serve_metrics, started
+from oracle_server.server import METHODS, add_services, address_of, bind, guard, options, serve_metrics, started
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import SERVICE, handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
@@ -70,8 +71,10 @@ async def serve_sharded(config: ServerConfig) -> int:
     pool = ShardPool(config.shards, task_of, events, metrics)
     node = Node(config.state_dir, followers=pool)
     streams = ShardStreams(node)
+    spans = open_spans(os.environ, events)
+    traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics, open_services=(SERVICE,)),)
-    server = grpc.aio.server(interceptors=gates, options=options())
+    server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
     add_services(server, node, metrics, events, leases=config.leases)
     server.add_generic_rpc_handlers(
         (handler_of([(OPEN_STREAM, streams.open), (CLOSE_STREAM, streams.close), (FIND_TENANT, streams.find_tenant)]),)
@@ -114,6 +117,8 @@ async def serve_sharded(config: ServerConfig) -> int:
         reservation.close()
         if metrics_server is not None:
             metrics_server[0].shutdown()
+    if spans is not None:
+        await asyncio.to_thread(spans.close)
     events.info("drained", steps=total_steps(await total()))
     await asyncio.to_thread(log_writer.close)
     return 0

@@ -21,6 +21,7 @@ from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.loop_lag import watch_loop
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.oracle_service import OracleService
+from oracle_server.rpc.spans import open_spans
 from oracle_server.server import SERVICES, add_health, bind, options
 from oracle_server.shards.calls import SERVER_OPTIONS, Peer, handler_of
 from oracle_server.shards.counts import counts_of
@@ -77,9 +78,11 @@ class Shard:
         self._mirror = Mirror(Path(task.state_dir), parent, task.process)
         self._health = HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        # Of what is forwarded the parent asks itself who calls.
+        self._spans = open_spans(os.environ, self._events)
+        # What is forwarded has its span at the parent, which also asks itself who calls.
+        traced = () if self._spans is None else self._spans.interceptors(OWN_METHODS)
         gates = (Gate(self._mirror.credentials, self._metrics, only=OWN_METHODS),) if task.gated else ()
-        self._server = grpc.aio.server(interceptors=gates, options=options(shared_port=True))
+        self._server = grpc.aio.server(interceptors=(*traced, *gates), options=options(shared_port=True))
         self._server.add_generic_rpc_handlers((Forwarding(task.parent, SERVICES, OWN_METHODS),))
         # AttachEngine, the one method that needs more of a node than a mirror has, is forwarded.
         oracle = OracleService(cast(Node, self._mirror), self._metrics, self._events, leases=task.leases)
@@ -139,6 +142,8 @@ class Shard:
             await asyncio.wait_for(self._health.enter_graceful_shutdown(), 1.0)
         self._mirror.drain()
         await self._server.stop(drain_seconds)
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
         return await self._count(None)
 
     def _end(self) -> None:
