@@ -1,4 +1,4 @@
-"""The server's commands: serve, recompute, and the control plane from a terminal.
+"""The server's commands: serve, recompute, top, and the control plane from a terminal.
 
 Everything heavy is imported inside the commands, so that --help is quick. Exit status: 0 done, 1 refused or a failed
 check, 2 wrong arguments, 3 no server answers.
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oracle_server.cli import experiments, overlays, packs, shadows, tenants
+from oracle_server.cli import experiments, overlays, packs, shadows, tenants, top
 from oracle_server.cli.console import FAILED, Json, connect, exits, print_json
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(top.top)
 app.add_typer(packs.app)
 app.add_typer(experiments.app)
 app.add_typer(tenants.app)

@@ -13,7 +13,14 @@ from oracle_server.errors import InvalidArgument
 
 # A proxy for the web is no way to a server of ours. A channel shares no connection with another: each has its own
 # certificate, and the back-off of an address that was down.
-_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    # A server that restarts is found again within a second, not after grpc's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 def open_channel(target: str, access: Access) -> grpc.Channel:

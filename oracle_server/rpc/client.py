@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
 from oracle_server import pack as packs
@@ -50,6 +51,7 @@ class Client:
         self.packs = pack_pb2_grpc.ProfilePackServiceStub(self._channel)
         self.experiments = experiment_pb2_grpc.ExperimentServiceStub(self._channel)
         self.tenants = tenant_pb2_grpc.TenantServiceStub(self._channel)
+        self.health = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Client:
         return self

@@ -44,7 +44,7 @@ def report(
     requests; the report says which.
     """
     from oracle_server.cli.console import print_table
-    from oracle_server.cli.fleet import read_fleet
+    from oracle_server.cli.attached import read_fleet
     from profiler.experiment_report import report as reports
     from profiler.experiment_report.arms import arms_of, read_results
 

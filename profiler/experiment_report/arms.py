@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from oracle_server.cli.fleet import Fleet, FleetEngine
+from oracle_server.cli.attached import Fleet, FleetEngine
 from oracle_server.errors import InvalidArgument
 from oracle_server.sampling.draws import server_of
 from profiler.experiment_report.runs import EngineRun, read_run

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oracle_server.cli.fleet import Fleet
+from oracle_server.cli.attached import Fleet
 from profiler.experiment_report.arms import Arm
 from profiler.experiment_report.intervals import (
     CONFIDENCE,

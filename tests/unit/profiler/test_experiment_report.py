@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench_results import bench_result, write_result
-from oracle_server.cli.fleet import Fleet, FleetEngine
+from oracle_server.cli.attached import Fleet, FleetEngine
 from oracle_server.errors import InvalidArgument
 from profiler.experiment_report.arms import Arm, arms_of, read_results
 from profiler.experiment_report.intervals import (
