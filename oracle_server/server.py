@@ -35,6 +35,7 @@ from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
+from oracle_server.service_manager import tell_ready, tell_stopping
 from oracle_server.state.node import Node
 from oracle_server.tls import Certificates
 from step_oracle.v1 import (
@@ -129,9 +130,11 @@ async def _serve(config: ServerConfig) -> int:
     print(
         f"step-oracle: ready at {', '.join(addresses)}; metrics {metrics_address}; state {config.state_dir}", flush=True
     )
+    tell_ready(events, f"ready at {', '.join(addresses)}")
     await stop.wait()
     metrics.ready = 0
     lag.cancel()
+    tell_stopping(events, f"draining for up to {config.drain_seconds:g} s")
     # A peer that watches its health and does not read must not hold up the end.
     with suppress(TimeoutError):
         await asyncio.wait_for(health.enter_graceful_shutdown(), 1.0)

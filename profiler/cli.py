@@ -1,7 +1,7 @@
 """The command `step-oracle`: dispatch first, imports as late as they can be.
 
-`doctor` and `vllm-install` run before anything beyond the standard library is imported, since the environments they
-look at or build need not have it; `capture` runs beside a vLLM that has the core distribution alone.
+`doctor`, `health` and `vllm-install` run before anything beyond the standard library is imported, since the
+environments they look at or build need not have it; `capture` runs beside a vLLM that has the core distribution alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-_STANDARD_LIBRARY_COMMANDS = ("doctor", "vllm-install", "capture")
+_STANDARD_LIBRARY_COMMANDS = ("doctor", "health", "vllm-install", "capture")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,11 +86,15 @@ def build_app() -> typer.Typer:
 
 
 def standard_library_main(name: str, arguments: list[str]) -> int:
-    """Runs `doctor`, `vllm-install` or `capture`."""
+    """Runs `doctor`, `health`, `vllm-install` or `capture`."""
     if name == "doctor":
         from oracle_server import doctor
 
         return doctor.main(arguments)
+    if name == "health":
+        from oracle_server import health
+
+        return health.main(arguments)
     if name == "capture":
         from profiler.capture import command
 

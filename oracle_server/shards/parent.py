@@ -20,6 +20,7 @@ from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
 from oracle_server.server import METHODS, add_services, address_of, bind, guard, options, serve_metrics, started
+from oracle_server.service_manager import tell_ready, tell_stopping
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import SERVICE, handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
@@ -101,7 +102,9 @@ async def serve_sharded(config: ServerConfig) -> int:
         events.info("ready", listen=addresses, metrics=metrics_address, compiled=len(compiled), shards=config.shards)
         print(f"step-oracle: ready at {addresses}; metrics {metrics_address}; state {config.state_dir}", flush=True)
         metrics.ready = 1
+        tell_ready(events, f"ready at {addresses}")
         await stop.wait()
+        tell_stopping(events, f"draining for up to {config.drain_seconds:g} s")
     finally:
         metrics.ready = 0
         lag.cancel()

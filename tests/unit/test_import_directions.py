@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     RPC: {ERRORS, PACK, SAMPLING, STATE, WIRE},
     "oracle_server.cli": {ERRORS, PACK, REST, RPC, STATE, WIRE},
     "oracle_server.doctor": {ERRORS, REST, WIRE, "oracle_server.vllm_env", "oracle_server.vllm_install"},
+    "oracle_server.health": {REST},
     "oracle_server.vllm_env": set(),
     "oracle_server.vllm_install": {REST, "oracle_server.vllm_env"},
     # server, config and the other modules beside the sub-packages.
@@ -32,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "vllm_shim": {WIRE},
     "vllm_shim.step_shape": {"vllm_shim", WIRE},
     "profiler": {
-        ERRORS, PACK, SAMPLING, "oracle_server.cli", "oracle_server.doctor", "oracle_server.vllm_env",
-        "oracle_server.vllm_install", "vllm_shim.step_shape", "profiler.replay", "profiler.capture",
+        ERRORS, PACK, SAMPLING, "oracle_server.cli", "oracle_server.doctor", "oracle_server.health",
+        "oracle_server.vllm_env", "oracle_server.vllm_install", "vllm_shim.step_shape", "profiler.replay",
+        "profiler.capture",
     },
     # Capture runs inside real engines, with the shim's view of a step and of a configuration.
     "profiler.capture": {ERRORS, PACK, SAMPLING, WIRE, "vllm_shim", "vllm_shim.step_shape", "profiler"},
@@ -54,6 +56,7 @@ BARE_CORE = (
     "doctor_install",
     "doctor_oracle",
     "finding",
+    "health",
     "venv_python",
     "vllm_env",
     "vllm_install",
