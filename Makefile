@@ -90,4 +90,4 @@ bench: setup ## What our code costs, beside what it could cost and what is promi
 	PYTHONPATH=tests $(RUN) tests/performance/bench.py $(ARGS)
 
 clean-cache: ## Remove the cached environments
-	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-* $(CACHE)/load-*
+	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-* $(CACHE)/load-* $(CACHE)/deploy-*
