@@ -31,7 +31,7 @@ def by_polars(path):
 
 def by_duckdb(path):
     found = duckdb.sql(f"select * from read_parquet('{path}')")
-    return found.columns, len(found), int(duckdb.sql(f"select sum(latency_ns) from '{path}'").fetchone()[0])
+    return found.columns, len(found), int(duckdb.sql(f"select sum(latency_ns) from '{path}'").fetchall()[0][0])
 
 print(json.dumps([[read(path) for read in (by_pandas, by_polars, by_duckdb)] for path in sys.argv[1:]]))
 """
