@@ -22,6 +22,7 @@ _OF_OTHERS = (
     "STEP_ORACLE_ENGINE_ID",
     "STEP_ORACLE_ENGINE_LABELS",
     "STEP_ORACLE_TOKEN_FILE",
+    "STEP_ORACLE_TLS_CA",
     "STEP_ORACLE_BUDGET_SECONDS",
     "STEP_ORACLE_ON_LOST",
     "STEP_ORACLE_WAIT",
@@ -38,7 +39,6 @@ _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
 _LEASES = "STEP_ORACLE_LEASES"
 _SHARDS = "STEP_ORACLE_SHARDS"
 _SCHEDULING = "STEP_ORACLE_SCHEDULING"
-_TLS_CA = "STEP_ORACLE_TLS_CA"
 _TLS_CERT = "STEP_ORACLE_TLS_CERT"
 _TLS_KEY = "STEP_ORACLE_TLS_KEY"
 _TLS_CLIENT_CA = "STEP_ORACLE_TLS_CLIENT_CA"
@@ -54,36 +54,6 @@ class TlsFiles:
     cert: str
     key: str
     client_ca: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a client reaches a server and who it is: paths of files, empty for none.
-
-    | field, STEP_ORACLE_... | meaning |
-    | --- | --- |
-    | tls_ca | PEM file: speak TLS, with a server whose certificate it has signed |
-    | tls_cert, tls_key | PEM files: the client's own certificate, where the server asks for one |
-    | token_file | the bearer token; read at each call |
-    """
-
-    tls_ca: str = ""
-    tls_cert: str = ""
-    tls_key: str = ""
-    token_file: str = ""
-
-
-ANONYMOUS = Access()
-
-
-def read_access(environ: Mapping[str, str]) -> Access:
-    """A client's access from its environment. Without `tls_ca` a certificate is a server's, and of no use here."""
-    ca, cert, key = (environ.get(name, "") for name in (_TLS_CA, _TLS_CERT, _TLS_KEY))
-    if ca and bool(cert) != bool(key):
-        raise InvalidArgument(
-            f"a client's certificate needs its key; give {_TLS_CERT} and {_TLS_KEY}", field="tls_cert"
-        )
-    return Access(ca, cert if ca else "", key if ca else "", environ.get("STEP_ORACLE_TOKEN_FILE", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +111,15 @@ def read_config(
         check_address(address, outside=tls is not None and bool(operator))
     metrics_address = environ.get(_METRICS, DEFAULT_METRICS) if metrics is None else metrics
     if metrics_address != "off":
-        check_address(metrics_address)
+        check_address(metrics_address, outside=True)
         if metrics_address.startswith("unix:"):
             raise InvalidArgument("Prometheus reads TCP; give --metrics HOST:PORT or off", field="metrics")
+        if not is_loopback(metrics_address.rpartition(":")[0]):
+            raise InvalidArgument(
+                f"the metrics address {metrics_address!r} is reachable from outside, and metrics are plaintext without "
+                "credentials; give one on loopback, with a proxy before it where others have to read it, or off",
+                field="metrics",
+            )
     text = environ.get(_DRAIN_SECONDS, "5")
     try:
         drain_seconds = float(text)
@@ -219,7 +195,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    secured = (_TLS_CA, _TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
+    secured = (_TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
     known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, *secured, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:

@@ -12,7 +12,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from oracle_server.config import ANONYMOUS, Access
+from oracle_server.rpc.channel import ANONYMOUS, Access
 from oracle_server.rpc.client import Client
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, pack_pb2, step_pb2
 

@@ -15,8 +15,7 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from oracle_server.config import ANONYMOUS, Access
-from oracle_server.rpc.channel import open_channel
+from oracle_server.rpc.channel import ANONYMOUS, Access, open_channel
 
 _READY = re.compile(r"^step-oracle: ready at (?P<addresses>.*); metrics (?P<metrics>\S+); state ", re.MULTILINE)
 

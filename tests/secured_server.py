@@ -11,7 +11,7 @@ import trustme
 
 from oracle_calls import TIMEOUT, Calls
 from oracle_process import OracleProcess
-from oracle_server.config import ANONYMOUS, Access
+from oracle_server.rpc.channel import ANONYMOUS, Access
 from step_oracle.v1 import tenant_pb2
 
 OPERATOR = "operator-" + "0" * 40

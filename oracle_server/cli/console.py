@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oracle_server.config import DEFAULT_TARGET, read_access
+from oracle_server.config import DEFAULT_TARGET
 from oracle_server.errors import InvalidArgument, OracleError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ TENANT = "default"
 @contextmanager
 def connect(target: str) -> Iterator[Client]:
     """A client, whose errors end the command: 3 where no server answers, 1 where it refuses."""
+    from oracle_server.rpc.channel import read_access
     from oracle_server.rpc.client import Client, Refused, Unreachable
 
     with exits(), Client(target, access=read_access(os.environ)) as client:

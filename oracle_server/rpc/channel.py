@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 
-from oracle_server.config import Access
 from oracle_server.errors import InvalidArgument
+
+TLS_CA = "STEP_ORACLE_TLS_CA"
+TLS_CERT = "STEP_ORACLE_TLS_CERT"
+TLS_KEY = "STEP_ORACLE_TLS_KEY"
+TOKEN_FILE = "STEP_ORACLE_TOKEN_FILE"  # noqa: S105 - a name
 
 # A proxy for the web is no way to a server of ours. A channel shares no connection with another: each has its own
 # certificate, and the back-off of an address that was down.
@@ -23,13 +28,41 @@ _OPTIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a client reaches a server and who it is: paths of files, empty for none.
+
+    | field, STEP_ORACLE_... | meaning |
+    | --- | --- |
+    | tls_ca | PEM file: speak TLS, with a server whose certificate it has signed |
+    | tls_cert, tls_key | PEM files: the client's own certificate, where the server asks for one |
+    | token_file | the bearer token; read at each call |
+    """
+
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    token_file: str = ""
+
+
+ANONYMOUS = Access()
+
+
+def read_access(environ: Mapping[str, str]) -> Access:
+    """A client's access from its environment. Without `tls_ca` a certificate is a server's, and of no use here."""
+    ca, cert, key = (environ.get(name, "") for name in (TLS_CA, TLS_CERT, TLS_KEY))
+    if ca and bool(cert) != bool(key):
+        raise InvalidArgument(f"a client's certificate needs its key; give {TLS_CERT} and {TLS_KEY}", field="tls_cert")
+    return Access(ca, cert if ca else "", key if ca else "", environ.get(TOKEN_FILE, ""))
+
+
 def open_channel(target: str, access: Access) -> grpc.Channel:
     """Connects lazily. A Unix socket speaks plaintext. InvalidArgument where a file of `access` cannot be read."""
     if access.tls_ca and not target.startswith("unix:"):
         credentials = grpc.ssl_channel_credentials(
-            _read(access.tls_ca, "STEP_ORACLE_TLS_CA"),
-            _read(access.tls_key, "STEP_ORACLE_TLS_KEY") if access.tls_key else None,
-            _read(access.tls_cert, "STEP_ORACLE_TLS_CERT") if access.tls_cert else None,
+            _read(access.tls_ca, TLS_CA),
+            _read(access.tls_key, TLS_KEY) if access.tls_key else None,
+            _read(access.tls_cert, TLS_CERT) if access.tls_cert else None,
         )
         channel = grpc.secure_channel(target, credentials, _OPTIONS)
     else:
@@ -60,7 +93,7 @@ class _Bearer(
         self._token_file = token_file
 
     def _call(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        token = _read(self._token_file, "STEP_ORACLE_TOKEN_FILE").decode(errors="replace").strip()
+        token = _read(self._token_file, TOKEN_FILE).decode(errors="replace").strip()
         metadata = (*(details.metadata or ()), ("authorization", f"Bearer {token}"))
         given = (details.timeout, metadata, details.credentials, details.wait_for_ready, details.compression)
         return continuation(_Details(details.method, *given), request)

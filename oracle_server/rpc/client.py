@@ -13,9 +13,8 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
 from oracle_server import pack as packs
-from oracle_server.config import ANONYMOUS, Access
 from oracle_server.errors import OracleError, PackInvalid, Unavailable
-from oracle_server.rpc.channel import open_channel
+from oracle_server.rpc.channel import ANONYMOUS, Access, open_channel
 from step_oracle.v1 import (
     experiment_pb2_grpc,
     oracle_service_pb2_grpc,

@@ -57,68 +57,6 @@ def refusal(act: Callable[[], Any]) -> tuple[str, str]:
 QUOTA = ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
 
 
-def test_engines_of_a_tenant_over_its_rate_are_marked_and_answered_all_the_same(
-    calls: Calls, limited: OracleProcess
-) -> None:
-    set_quota(calls, max_steps_per_second=10)
-    busy, idle = calls.join("busy"), calls.join("idle")
-    assert len(busy.ask(*(decode(i) for i in range(500)))) == 500
-    wait_for(lambda: degraded(calls) == {"busy": True, "idle": False})
-    samples = metrics(limited)
-    assert samples['step_oracle_tenant_over_rate{tenant="default"}'] == 1
-    assert samples['step_oracle_tenant_degraded_engines{tenant="default"}'] == 1
-    # Nothing is refused and no stream ended.
-    assert busy.ask(decode(500))
-    assert idle.ask(decode(0))
-    for stream in (busy, idle):
-        stream.close()
-    set_quota(calls)
-    assert not any("tenant_over_rate" in name for name in metrics(limited))
-
-
-def test_leased_steps_count(calls: Calls) -> None:
-    set_quota(calls, max_steps_per_second=10)
-    stream = calls.join("leased")
-    stream.send(
-        counts=oracle_service_pb2.ShimCounts(steps=500, leased_steps=500, leased_steps_by_support=[0, 500, 0, 0])
-    )
-    wait_for(lambda: degraded(calls)["leased"])
-    stream.close()
-
-
-def test_by_policy_streams_end_with_the_quota_and_nothing_is_let_in_until_the_tenant_has_fallen_back(
-    calls: Calls,
-) -> None:
-    set_quota(calls, max_steps_per_second=50, over_rate=tenant_pb2.OVER_RATE_POLICY_DETACH)
-    busy, quiet = calls.join("detached"), calls.join("quiet")
-    busy.ask(*(decode(i) for i in range(500)))
-    assert refusal(busy.receive) == QUOTA
-    # The whole tenant is refused for a while, its other streams go on.
-    wait_for(lambda: _refused(calls))
-    assert quiet.ask(decode(0))
-    assert refusal(lambda: calls.attach(identity("new"))) == QUOTA
-    # The control plane answers.
-    assert set(degraded(calls)) >= {"quiet"}
-    wait_for(lambda: not _refused(calls))
-    quiet.close()
-
-
-def test_steps_without_a_stream_count(calls: Calls) -> None:
-    set_quota(calls, max_steps_per_second=50, over_rate=tenant_pb2.OVER_RATE_POLICY_DETACH)
-    calls.sample(identity("e"), [decode(i) for i in range(500)])
-    wait_for(lambda: _refused(calls))
-    set_quota(calls, max_steps_per_second=10_000)
-    wait_for(lambda: not _refused(calls))
-
-
-def _refused(calls: Calls) -> bool:
-    try:
-        calls.sample(identity("probe"), [decode(0)])
-    except grpc.RpcError as error:
-        return reason_of(error) == QUOTA
-    return False
-
-
 def test_engines_streams_and_watches_are_counted_when_they_come(calls: Calls) -> None:
     set_quota(calls, max_engines=1)
     stream = calls.join("first")
@@ -158,3 +96,67 @@ def test_packs_and_their_bytes_are_counted_at_the_upload(calls: Calls, pack_dirs
         )
     )
     calls.packs.DeletePack(request, timeout=TIMEOUT)
+
+
+def test_engines_of_a_tenant_over_its_rate_are_marked_and_answered_all_the_same(
+    calls: Calls, limited: OracleProcess
+) -> None:
+    set_quota(calls, max_steps_per_second=10)
+    busy, idle = calls.join("busy"), calls.join("idle")
+    assert len(busy.ask(*(decode(i) for i in range(500)))) == 500
+    wait_for(lambda: degraded(calls) == {"busy": True, "idle": False})
+    samples = metrics(limited)
+    assert samples['step_oracle_tenant_over_rate{tenant="default"}'] == 1
+    assert samples['step_oracle_tenant_degraded_engines{tenant="default"}'] == 1
+    # Nothing is refused and no stream ended.
+    assert busy.ask(decode(500))
+    assert idle.ask(decode(0))
+    for stream in (busy, idle):
+        stream.close()
+    set_quota(calls)
+    assert not any("tenant_over_rate" in name for name in metrics(limited))
+
+
+def test_leased_steps_count(calls: Calls) -> None:
+    set_quota(calls, max_steps_per_second=10)
+    stream = calls.join("leased")
+    stream.send(
+        counts=oracle_service_pb2.ShimCounts(steps=500, leased_steps=500, leased_steps_by_support=[0, 500, 0, 0])
+    )
+    wait_for(lambda: degraded(calls)["leased"])
+    stream.close()
+
+
+def test_by_policy_streams_end_with_the_quota_and_nothing_is_let_in_until_the_tenant_has_fallen_back(
+    calls: Calls,
+) -> None:
+    set_quota(calls, max_steps_per_second=50, over_rate=tenant_pb2.OVER_RATE_POLICY_DETACH)
+    busy, late, silent = (calls.join(name) for name in ("detached", "late", "silent"))
+    busy.ask(*(decode(i) for i in range(500)))
+    assert refusal(busy.receive) == QUOTA
+    # Nobody of the tenant is let in for a while. A stream that takes a step meanwhile is answered, then ended.
+    wait_for(lambda: _refused(calls))
+    assert refusal(lambda: calls.attach(identity("new"))) == QUOTA
+    assert late.ask(decode(0))
+    assert refusal(late.receive) == QUOTA
+    # The control plane answers.
+    assert "silent" in degraded(calls)
+    wait_for(lambda: not _refused(calls))
+    assert silent.ask(decode(0))
+    silent.close()
+
+
+def test_steps_without_a_stream_count(calls: Calls) -> None:
+    set_quota(calls, max_steps_per_second=50, over_rate=tenant_pb2.OVER_RATE_POLICY_DETACH)
+    calls.sample(identity("e"), [decode(i) for i in range(500)])
+    wait_for(lambda: _refused(calls))
+    set_quota(calls, max_steps_per_second=10_000)
+    wait_for(lambda: not _refused(calls))
+
+
+def _refused(calls: Calls) -> bool:
+    try:
+        calls.sample(identity("probe"), [decode(0)])
+    except grpc.RpcError as error:
+        return reason_of(error) == QUOTA
+    return False

@@ -97,11 +97,11 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_end(server: OracleProc
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--listen", "0.0.0.0:8470"], "has no TLS yet"),
-        (["--listen", "somewhere:8470"], "has no TLS yet"),
+        (["--listen", "0.0.0.0:8470"], "give --tls-cert, --tls-key and --operator-token-file"),
+        (["--listen", "somewhere:8470"], "without credentials"),
         (["--listen", "8470"], "is not HOST:PORT"),
         (["--listen", "unix:"], "needs a path"),
-        (["--metrics", "0.0.0.0:1"], "has no TLS yet"),
+        (["--metrics", "0.0.0.0:1"], "metrics are plaintext"),
     ],
 )
 def test_an_address_reachable_from_outside_is_refused(arguments: list[str], sentence: str, tmp_path: Path) -> None:

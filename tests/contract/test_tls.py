@@ -14,7 +14,7 @@ import pytest
 
 from oracle_calls import Calls, decode, identity
 from oracle_server import doctor_oracle
-from oracle_server.config import ANONYMOUS, Access
+from oracle_server.rpc.channel import ANONYMOUS, Access
 from secured_server import OPERATOR, Certificates, SecuredServer, write_secret
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import ConfigurationError

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from oracle_server.config import Access, ServerConfig, TlsFiles, read_access, read_config
+from oracle_server.config import ServerConfig, TlsFiles, read_config
 from oracle_server.errors import InvalidArgument
+from oracle_server.rpc.channel import Access, read_access
 
 
 def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
