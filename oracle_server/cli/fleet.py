@@ -51,6 +51,8 @@ class EnginePoll:
     generation: int
     streaming: bool
     counts: Counts
+    # Its tenant is over its step rate, and it takes steps.
+    over_rate: bool = False
 
 
 # An engine, what it did, and in how many seconds: None where that is all it did so far.
@@ -211,7 +213,7 @@ def _line(engine: EnginePoll, done: Counts, seconds: float | None) -> EngineLine
     elif seconds is not None and done.late_answers:
         state = "late"
     else:
-        state = "degraded" if engine.counts.late_answers else "ok"
+        state = "degraded" if engine.counts.late_answers or engine.over_rate else "ok"
     return EngineLine(engine, state, _figures([(engine, done, seconds)]))
 
 

@@ -131,6 +131,7 @@ class FleetWatch:
                 reconnects=engine.reconnects,
                 lateness_buckets=tuple(engine.lateness_buckets),
             ),
+            over_rate=engine.degraded,
         )
 
     def _pack(self, tenant: str, digest: str) -> str:

@@ -37,7 +37,8 @@ def top(
     """Show every engine of the fleet, live: rate, support, lateness, leases. Ctrl-C ends it.
 
     Rates, shares and lateness are of the last interval (of all its steps where an engine is new), late answers and
-    reconnects since the server knows the engine. An engine with late answers is degraded: a run with it is no result.
+    reconnects since the server knows the engine. An engine with late answers is degraded, and a run with it no result;
+    so is one whose tenant is over its step rate.
     """
     if not 0.2 <= interval <= 60:
         fail(f"--interval is {interval:g}; allowed: 0.2 to 60 seconds", USAGE)

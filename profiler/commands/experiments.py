@@ -43,8 +43,8 @@ def report(
     Intervals are bootstrapped over engines where every arm has five or more, else over stretches of consecutive
     requests; the report says which.
     """
-    from oracle_server.cli.console import print_table
     from oracle_server.cli.attached import read_fleet
+    from oracle_server.cli.console import print_table
     from profiler.experiment_report import report as reports
     from profiler.experiment_report.arms import arms_of, read_results
 

@@ -134,3 +134,9 @@ def test_every_order_has_its_first_line() -> None:
 
     assert [first(order) for order in ("trouble", "steps", "lateness", "engine")] == ["e10", "e9", "e10", "a"]
     assert [line.engine.engine_id for line in sort_lines(view.engines, "engine")] == ["a", "e9", "e10"]
+
+
+def test_an_engine_of_a_tenant_over_its_rate_is_degraded() -> None:
+    fine = EnginePoll(NAME, "fine", 1, "h100@4f1c09", 3, True, Counts(steps=5))
+    over = EnginePoll(NAME, "over", 1, "h100@4f1c09", 3, True, Counts(steps=5), over_rate=True)
+    assert states(views(poll(0.0, fine, over))[0]) == {"fine": "ok", "over": "degraded"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from oracle_server.rpc.metrics import Metrics
 from oracle_server.shards import pool
 from oracle_server.shards.messages import ShardTask
 from oracle_server.shards.pool import ShardPool
@@ -35,7 +36,7 @@ def test_a_defect_costs_one_process_and_not_the_shard(monkeypatch: pytest.Monkey
                 enough.set()
             raise (OSError("no memory") if process == 2 else ValueError("a defect"))
 
-        shards = ShardPool(1, task_of, log)
+        shards = ShardPool(1, task_of, log, Metrics())
         shards._healthy = True
         shards.start()
         await asyncio.wait((asyncio.create_task(enough.wait()), *shards._keepers), return_when="FIRST_COMPLETED")
