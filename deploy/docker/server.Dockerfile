@@ -14,7 +14,7 @@ COPY profiler profiler
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE} AS environment
-# A fleet over PostgreSQL and an OCI registry: EXTRAS=server,postgres,oci
+# Extras of the distribution, comma-separated.
 ARG EXTRAS=server
 COPY deploy/docker/server-constraints.txt /constraints.txt
 COPY --from=wheel /wheels /wheels
