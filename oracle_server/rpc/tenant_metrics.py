@@ -19,7 +19,7 @@ class TenantCollector(Collector):
         self._rates = rates
 
     def collect(self) -> Iterable[Metric]:
-        """All families."""
+        """All families; none where no tenant has a step quota."""
         over = GaugeMetricFamily(
             "step_oracle_tenant_over_rate", "1 while the tenant is over max_steps_per_second.", labels=["tenant"]
         )
@@ -30,8 +30,10 @@ class TenantCollector(Collector):
             "step_oracle_tenant_degraded_engines", "Engines marked degraded.", labels=["tenant"]
         )
         # The event loop may add a tenant meanwhile: list() copies in one step.
-        for tenant, rate in list(self._rates.rates.items())[:MAX_TENANT_LABELS]:
+        rates = list(self._rates.rates.items())[:MAX_TENANT_LABELS]
+        for tenant, rate in rates:
             over.add_metric([tenant], rate.over)
             seconds.add_metric([tenant], rate.over_seconds)
             degraded.add_metric([tenant], self._rates.degraded(tenant))
-        yield from (over, seconds, degraded)
+        if rates:
+            yield from (over, seconds, degraded)

@@ -42,6 +42,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "ListGenerations": ({"name": NOTHING}, "EXPERIMENT_NOT_FOUND"),
     "ListEngines": ({"parent": NOTHING}, "EXPERIMENT_NOT_FOUND"),
     "DeleteExperiment": ({"name": NOTHING}, "EXPERIMENT_NOT_FOUND"),
+    "GetShadowReport": ({"name": NOTHING}, "EXPERIMENT_NOT_FOUND"),
     "ListTenants": ({}, ""),
     "GetTenant": ({"name": "{tenant}"}, ""),
     "CreateTenant": ({"tenant_id": "acme"}, "TENANT_EXISTS"),

@@ -22,7 +22,7 @@ Dirs = dict[str, Path]
 # service by service what may tell series apart; whatever names one engine, run or step grows without a bound.
 ALLOWED_LABELS = {
     *("tenant", "experiment", "method", "code", "reason", "result", "support", "le", "version"),
-    *("digest", "pack", "model", "device"),
+    *("digest", "pack", "model", "device", "kind"),
 }
 UNITS = ("_seconds", "_bytes", "_total", "_info", "_ratio")
 # Gauges of things that are counted one by one.
