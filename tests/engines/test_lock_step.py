@@ -157,6 +157,6 @@ def test_what_is_no_group_of_ranks_is_refused(replay: Replayer, tmp_path: Path) 
     groups = replay.run(tmp_path / "pack", path, "--data-parallel-size 2", "--engines", "2")
 
     assert dense.returncode == 1
-    assert "ranks of a dense model are engines of their own: --engines N" in dense.stderr
+    assert "its ranks are engines of their own; add --engine-args" in dense.stderr
     assert groups.returncode == 1
     assert "one group of lock-step ranks" in groups.stderr
