@@ -10,6 +10,7 @@ from time import perf_counter_ns
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -69,8 +70,9 @@ def unary(
             metrics.count_call(handler.__name__, error.code, error.reason)
             await abort(context, error)
         except Exception as error:  # noqa: BLE001 - the edge: it is logged with its trace and answered
-            metrics.count_call(handler.__name__, "INTERNAL", "UNSPECIFIED")
-            await abort(context, internal(handler.__name__, error))
+            failure = internal(handler.__name__, error)
+            metrics.count_call(handler.__name__, failure.code, failure.reason)
+            await abort(context, failure)
         finally:
             metrics.time_call(handler.__name__, perf_counter_ns() - begin)
         metrics.count_call(handler.__name__, "OK", "")
@@ -97,15 +99,21 @@ def streaming(
             metrics.count_call(handler.__name__, "CANCELLED", "")
             raise
         except Exception as error:  # noqa: BLE001 - the edge: it is logged with its trace and answered
-            metrics.count_call(handler.__name__, "INTERNAL", "UNSPECIFIED")
-            await abort(context, internal(handler.__name__, error))
+            failure = internal(handler.__name__, error)
+            metrics.count_call(handler.__name__, failure.code, failure.reason)
+            await abort(context, failure)
         metrics.count_call(handler.__name__, "OK", "")
 
     return answer
 
 
 def internal(method: str, error: Exception) -> OracleError:
-    """A defect of the server, logged with its trace."""
+    """A defect of the server, logged with its trace; or what a client sent that is no message."""
+    if isinstance(error, DecodeError):
+        return InvalidArgument(
+            f"a message of {method} cannot be decoded: its bytes are no message of step_oracle.v1; make it with the code "
+            "generated from the .proto files"
+        )
     _log.error("the handler of %s failed", method, exc_info=error)
     return OracleError(
         f"the server failed in {method}: {type(error).__name__}; its log has the trace, please report it"

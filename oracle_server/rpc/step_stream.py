@@ -83,8 +83,9 @@ class StepStream:
             code, reason = error.code, error.reason
             await abort(self._context, error)
         except Exception as error:  # noqa: BLE001 - the edge: it is logged with its trace and answered
-            code = "INTERNAL"
-            await abort(self._context, internal("StreamSteps", error))
+            failure = internal("StreamSteps", error)
+            code, reason = failure.code, failure.reason
+            await abort(self._context, failure)
         finally:
             metrics.streams -= 1
             metrics.count_call("StreamSteps", code, reason)

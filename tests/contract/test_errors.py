@@ -302,6 +302,19 @@ def test_bytes_that_are_no_message_do_not_stop_the_server(
     assert shared.sample(identity("a"), [decode(0)])
 
 
+@pytest.mark.parametrize("method", ["OracleService/StreamSteps", "ProfilePackService/UploadPack"])
+def test_bytes_that_are_no_message_of_a_stream_are_refused_with_a_reason(
+    method: str, shared: Calls, shared_server: OracleProcess
+) -> None:
+    with shared_server.channel() as channel:
+        path = f"/step_oracle.v1.{method}"
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(path, None, None)(iter([b"\xff" * 40]), timeout=TIMEOUT))
+    assert reason_of(caught.value) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
+    assert "cannot be decoded" in str(caught.value.details())
+    assert shared.sample(identity("a"), [decode(0)])
+
+
 NAMES = {
     "experiment": lambda c: c.experiments.GetExperiment(experiment_pb2.GetExperimentRequest(name="x"), timeout=TIMEOUT),
     "tenant": lambda c: c.tenants.GetTenant(tenant_pb2.GetTenantRequest(name="tenants/"), timeout=TIMEOUT),
