@@ -14,7 +14,7 @@ ACCURACY ?= build/accuracy
 QUIET := grep -v 'WARNING: Location' >&2 || true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix accuracy closed-loop bench-held bench-thread bench-replay bench lease-share clean-cache
+.PHONY: help setup demo test test-fast lint format proto proto-breaking presubmit vllm-env vllm-matrix accuracy closed-loop bench-held bench-thread bench-replay bench guarantees lease-share clean-cache
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -88,6 +88,9 @@ bench-replay: setup ## How fast measured runs are replayed, one process and seve
 
 bench: setup ## What our code costs, beside what it could cost and what is promised; ARGS="--quick" or "--only kernels"
 	PYTHONPATH=tests $(RUN) tests/performance/bench.py $(ARGS)
+
+guarantees: setup ## What is promised, shown in long form (within an hour); ARGS="--quick" or "--only hot_swaps"
+	PYTHONPATH=tests $(RUN) -m guarantees.show $(ARGS)
 
 clean-cache: ## Remove the cached environments
 	rm -rf $(CACHE)/vllm-* $(CACHE)/proto-* $(CACHE)/core-* $(CACHE)/load-* $(CACHE)/deploy-*
