@@ -23,7 +23,16 @@ from rich.console import Console
 
 from guarantees.row import MISSED, NOT_THERE, Guarantee, Row, judged, table_of
 
-NAMES = ("hot_swaps", "kill_nine", "one_against_shards", "rotation")
+NAMES = (
+    "hot_swaps",
+    "kill_nine",
+    "one_against_shards",
+    "rotation",
+    "mutations",
+    "noisy_tenant",
+    "experimentation",
+    "soak",
+)
 # What the design has and this release does not: listed, never held.
 MISSING = (
     ("PostgreSQL or registry stopped for 60 s: steps go on", "there is no PostgreSQL store and no registry yet"),
