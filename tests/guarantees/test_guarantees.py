@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guarantees import hot_swaps, kill_nine, show, soak
+from guarantees import hot_swaps, show, soak
 from guarantees.kill_nine import Acknowledged
 from guarantees.message_mutations import damaged_bytes, mutate
 from guarantees.row import HELD, MISSED, NOT_THERE, Guarantee, Row, judged
@@ -28,11 +28,11 @@ def all_held(rows: list[Row]) -> bool:
 
 def test_swaps_under_load_are_checked_answer_by_answer(tmp_path: Path) -> None:
     """And a single answer that is changed afterwards is found."""
-    sizes = hot_swaps.Sizes(activations=5, engines=4, period_seconds=0.02, every_seconds=0.05)
+    sizes = hot_swaps.Sizes(activations=4, engines=3, period_seconds=0.02, every_seconds=0.03)
     found = hot_swaps.swap(tmp_path, sizes)
     assert found.failures == []
     assert (found.report.equal, found.report.different, found.report.skipped) == (found.steps, 0, 0)
-    assert (found.went_back, found.never_seen, len(found.seen_ms)) == (0, 0, 5)
+    assert (found.went_back, found.never_seen, len(found.seen_ms)) == (0, 0, 4)
     records = list(read_trace(next((tmp_path / "traces").iterdir())))
     records[len(records) // 2].step.reply.latency_ns[0] += 1
     (tmp_path / "changed").mkdir()
@@ -42,10 +42,6 @@ def test_swaps_under_load_are_checked_answer_by_answer(tmp_path: Path) -> None:
     writer.close()
     report = recompute_from(tmp_path / "state", list((tmp_path / "changed").iterdir()))
     assert (report.equal, report.different) == (len(records) - 2, 1)
-
-
-def test_a_killed_server_has_what_it_acknowledged(tmp_path: Path) -> None:
-    assert all_held(kill_nine.run(tmp_path, kill_nine.Sizes(kills=1, servers=1, engines=2)))
 
 
 def test_what_was_acknowledged_or_was_under_way_is_allowed_and_nothing_else() -> None:
