@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import grpc
@@ -101,7 +102,7 @@ class Victim:
         # The moments of the kills are the same for a seed, whatever the clients draw on their threads.
         self._moments, self._draw = random.Random(seed), random.Random(seed)
         self._packs, self._tenants = Acknowledged(), Acknowledged()
-        self._generation, self._attempted = 1, 1
+        self._generation, self._attempted, self._read_up_to = 1, 1, 1
         self._number = 0
         self.found = Killed()
 
@@ -242,19 +243,26 @@ class Victim:
             problems += _folder_problems(self._server.state_dir, {self._base, *packs})
             request = experiment_pb2.GetExperimentRequest(name=EXPERIMENT)
             experiment = calls.experiments.GetExperiment(request, timeout=TIMEOUT).experiment
-            history = experiment_pb2.ListGenerationsRequest(name=EXPERIMENT, page_size=1000)
-            generations = list(calls.client.pages(calls.experiments.ListGenerations, history, "generations"))
+            oldest, generations = self._history(calls, experiment.generation)
         if experiment.generation not in (self._generation, self._attempted):
             problems.append(
                 f"generation {experiment.generation}, acknowledged {self._generation}, tried {self._attempted}"
             )
         numbers = [record.generation for record in generations]
-        if numbers != list(range(experiment.generation, 0, -1)):
+        if numbers != list(range(experiment.generation, oldest - 1, -1)):
             problems.append(f"the history has a hole below generation {experiment.generation}")
         if any(record.binding.seed != record.generation for record in generations):
             problems.append("a generation has the binding of another")
         self._generation = experiment.generation
         return problems
+
+    def _history(self, calls: Calls, newest: int) -> tuple[int, list[experiment_pb2.GenerationRecord]]:
+        """Back to the one that was the newest after the kill before, its number first; after the last kill all."""
+        oldest = 1 if self.found.kills == self._kills else min(self._read_up_to, newest)
+        self._read_up_to = newest
+        request = experiment_pb2.ListGenerationsRequest(name=EXPERIMENT, page_size=min(1000, newest - oldest + 1))
+        records = calls.client.pages(calls.experiments.ListGenerations, request, "generations")
+        return oldest, list(islice(records, newest - oldest + 1))
 
 
 def _packs(calls: Calls) -> list[str]:
