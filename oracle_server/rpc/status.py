@@ -111,8 +111,8 @@ def internal(method: str, error: Exception) -> OracleError:
     """A defect of the server, logged with its trace; or what a client sent that is no message."""
     if isinstance(error, DecodeError):
         return InvalidArgument(
-            f"a message of {method} cannot be decoded: its bytes are no message of step_oracle.v1; make it with the code "
-            "generated from the .proto files"
+            f"a message of {method} cannot be decoded: its bytes are no message of step_oracle.v1; make it with the "
+            "code generated from the .proto files"
         )
     _log.error("the handler of %s failed", method, exc_info=error)
     return OracleError(
