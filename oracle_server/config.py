@@ -68,7 +68,7 @@ class ServerConfig:
     | drain_seconds | 5 | how long calls in flight may take after SIGTERM, in seconds |
     | leases | 1 | 0: grant no leases, every step is asked for |
     | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
-    | scheduling | batch | batch: SCHED_BATCH, nearly half the CPU per step of a full core; other: as the server was started |
+    | scheduling | batch | batch: SCHED_BATCH, nearly half the CPU per step of a full core; other: as it was started |
     | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
