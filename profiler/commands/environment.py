@@ -1,4 +1,4 @@
-"""`step-oracle doctor`, `health` and `vllm-install`, here for --help alone: `main` runs them before this tree exists."""
+"""`doctor`, `health` and `vllm-install`, here for --help alone: `main` runs them before this tree exists."""
 
 from __future__ import annotations
 
