@@ -1,9 +1,9 @@
 """What `make closed-loop` runs: a real vLLM on this machine's CPU, captured, rebuilt as a pack, and set beside itself.
 
-The real engine serves a plan while it is captured; a pack is built of that; then the real engine and one that is
-emulated from the pack serve the same workloads in turn. The engine that does not serve is stopped meanwhile, and one
-core belongs to the model alone. With several lengths of plan there is a pack of each, activated in turn on the one
-emulated engine, and all are set beside the same runs of the real one.
+Each repeat captures a part of the plan on an engine of its own, builds a pack of all parts so far and activates it on
+the emulated engine; then the real engine and the emulated one serve the same workloads in turn. Engines that do not
+serve are stopped meanwhile, and one core belongs to the model alone. With several lengths of plan there
+is a pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from deploy.closed_loop.comparison import (
     write_deltas,
 )
 from deploy.closed_loop.cores import leave_core_to_the_model, on_other_cores
-from deploy.closed_loop.plans import KEEP, LIMITS, PlanPack, cpu_variables, make_pack, print_errors_by_plan
-from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, run_bench
+from deploy.closed_loop.plans import KEEP, LIMITS, Planner, PlanPack, cpu_variables, print_errors_by_plan
+from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, measured_capacity, run_bench
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
@@ -43,6 +43,8 @@ SEED = 20260921
 # The emulated engine is told what the CPU platform decides for itself: no asynchronous scheduling.
 EMULATED: Sequence[str] = ("--no-async-scheduling",)
 REAL = "real"
+# Small enough that a slow core serves a request or two a second; the vocabulary is the tokenizer's with room.
+MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ def main() -> int:
 
 def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanPack], list[Comparison]]:
     """One loop from nothing to the figures; whatever it starts has ended when it returns or raises."""
-    progress.say("1/5 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
+    progress.say("1/4 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
     vllm, site = cpu_vllm_environment(), shim_site(folder / "site")
-    model = write_model_dir(folder / "tiny", "qwen3-tiny")
+    model = write_model_dir(folder / "tiny", "qwen3-tiny", **MODEL)
     told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
-    progress.say(f"2/5 capture: a real engine, driven by a plan of {told} minutes")
-    progress.say(f"3/5 a {options.kind} pack of each capture")
-    packs = [make_pack(vllm, model, site, folder, minutes, options.kind, progress) for minutes in options.minutes]
-    progress.say("4/5 the oracle server, the real engine and the emulated one")
+    progress.say(f"2/4 capture: a real engine and the first of {options.repeats} parts of a plan of {told} minutes")
+    planner = Planner(vllm, model, site, folder, options.repeats, options.kind, progress)
+    packs = [planner.next_pack(minutes, None) for minutes in options.minutes]
+    progress.say("3/4 the oracle server, the real engine and the emulated one")
     with contextlib.ExitStack() as running:
         with on_other_cores():
             server = running.enter_context(OracleProcess(folder / "state"))
@@ -117,10 +119,18 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
             except EngineFailed:
                 raise DemoFailed(f"the {name} engine is not ready:\n{tail(engine.log_path)}", KEEP) from None
             leave_core_to_the_model(engine.pid)
-        runs = options.repeats * len(options.workloads) * (1 + len(packs))
-        progress.say(f"5/5 {runs} runs of about {options.seconds:g} s, real and emulated in turn")
-        loop = _Loop(options, folder, progress, vllm, model, site, real, emulated, server.target)
-        return packs, loop.measure(packs)
+        with _stopped([emulated]), on_other_cores():
+            capacity = measured_capacity(
+                vllm, real.base_url, model=model, site=site, folder=folder / "runs" / "capacity", seed=SEED
+            )
+        workloads = [workload.on(capacity) for workload in options.workloads]
+        runs = options.repeats * len(workloads) * (1 + len(packs))
+        progress.say(
+            f"4/4 {runs} runs of about {options.seconds:g} s, real and emulated in turn; the full real engine serves "
+            f"{capacity:.2f} requests/s"
+        )
+        loop = _Loop(options, workloads, folder, progress, planner, real, emulated, server.target)
+        return loop.measure(packs)
 
 
 @dataclass(frozen=True)
@@ -128,55 +138,68 @@ class _Loop:
     """Two engines that are ready, and what their runs need."""
 
     options: Options
+    workloads: Sequence[Workload]
     folder: Path
     progress: Progress
-    vllm: VllmEnvironment
-    model: Path
-    site: Path
+    planner: Planner
     real: EngineProcess
     emulated: EngineProcess
     target: str
 
-    def measure(self, packs: Sequence[PlanPack]) -> list[Comparison]:
-        """All runs; a comparison of each workload for each pack."""
+    def measure(self, packs: list[PlanPack]) -> tuple[list[PlanPack], list[Comparison]]:
+        """All runs; the packs of whole plans, and a comparison of each workload for each length of plan."""
         results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        sides = (REAL, *(plan.name for plan in packs))
         for repeat in range(self.options.repeats):
-            for number, workload in enumerate(self.options.workloads):
+            if repeat:
+                packs = self._next_packs(packs)
+            sides = (REAL, *(plan.name for plan in packs))
+            for number, workload in enumerate(self.workloads):
                 # Which side goes first takes turns, so that a machine that slows down slows all.
                 first = (repeat + number) % len(sides)
                 for side in (*sides[first:], *sides[:first]):
                     activated = next((plan for plan in packs if plan.name == side), None)
-                    folder = self.folder / "runs" / f"{number}-{repeat}-{side}"
-                    result = self._result(workload, activated, folder, several=len(packs) > 1)
+                    result = self._result(workload, activated, self.folder / "runs" / f"{number}-{repeat}-{side}")
                     results.setdefault((workload.name, side), []).append(result)
                     self.progress.say(
                         f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "
                         f"E2E {result['mean_e2el_ms']:.0f} ms"
                     )
-        return [
+        return packs, [
             compare(workload, results[workload.name, REAL], results[workload.name, plan.name], plan.minutes)
             for plan in packs
-            for workload in self.options.workloads
+            for workload in self.workloads
         ]
 
-    def _result(self, workload: Workload, plan: PlanPack | None, folder: Path, *, several: bool) -> dict[str, Any]:
+    def _next_packs(self, packs: Sequence[PlanPack]) -> list[PlanPack]:
+        with _stopped([self.real, self.emulated]):
+            found = [self.planner.next_pack(plan.minutes, plan) for plan in packs]
+        for plan in found:
+            step_oracle("pack", "upload", str(plan.pack), "--target", self.target, next_step=KEEP)
+        if len(found) == 1:
+            self._activate(found[0])
+        return found
+
+    def _activate(self, plan: PlanPack) -> None:
+        step_oracle(
+            *("experiment", "activate", "default", "--pack", str(plan.pack), "--target", self.target), next_step=KEEP
+        )
+
+    def _result(self, workload: Workload, plan: PlanPack | None, folder: Path) -> dict[str, Any]:
         """One run on the engine emulated from this pack, or on the real one."""
         engine, other = (self.real, self.emulated) if plan is None else (self.emulated, self.real)
-        if plan is not None and several:
-            arguments = ("--pack", str(plan.pack), "--target", self.target)
-            step_oracle("experiment", "activate", "default", *arguments, next_step=KEEP)
+        if plan is not None and len(self.options.minutes) > 1:
+            self._activate(plan)
         with _stopped([other]), on_other_cores():
             return run_bench(
-                self.vllm,
+                self.planner.vllm,
                 workload,
                 engine.base_url,
-                model=self.model,
-                site=self.site,
+                model=self.planner.model,
+                site=self.planner.site,
                 folder=folder,
                 seconds=self.options.seconds,
                 # The same requests every time.
-                seed=SEED + self.options.workloads.index(workload),
+                seed=SEED + self.workloads.index(workload),
             )
 
 
@@ -236,7 +259,7 @@ def _options() -> Options:
         type=read_minutes,
         default=(),
         metavar="M[,M...]",
-        help="time of the capture's plan (3); several: a capture and a pack of each length, and the error by length",
+        help="time of the capture's plan, in all repeats (3); several: a pack of each length, and the error by length",
     )
     parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run of one workload (12)")
     parser.add_argument("--kind", choices=("hybrid", "sampled"), default="hybrid", help="kind of the pack (hybrid)")

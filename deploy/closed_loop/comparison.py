@@ -132,7 +132,7 @@ def write_deltas(path: Path, comparisons: Iterable[Comparison]) -> None:
         for comparison in comparisons:
             rate = comparison.workload.rate
             errors = [f"{comparison.figure(key).error_percent:.2f}" for key in DELTAS.values()]
-            told = "inf" if math.isinf(rate) else f"{rate:g}"
+            told = "inf" if math.isinf(rate) else f"{rate:.3g}"
             writer.writerow([told, *errors, comparison.workload.name, f"{comparison.plan_minutes:g}"])
 
 
@@ -140,7 +140,7 @@ def as_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
     """Every run of every metric, and what is worked out of them."""
     return [
         {
-            "workload": {**asdict(comparison.workload), "rate": f"{comparison.workload.rate:g}"},
+            "workload": {**asdict(comparison.workload), "rate": f"{comparison.workload.rate:.4g}"},
             "plan_minutes": comparison.plan_minutes,
             "requests": comparison.requests,
             "figures": [

@@ -1,4 +1,8 @@
-"""Captures of plans of one length or several, a pack of each, and how much a longer plan buys."""
+"""Captures of plans of one length or several, a pack of each, and how much a longer plan buys.
+
+A plan is driven in parts, one before each repeat of the runs, and a pack is made of all parts so far: the speed of a
+machine that others use too drifts by more within minutes than a model is wrong.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,11 @@ from deploy.closed_loop.workloads import SERVED_MODEL
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import engine_variables, free_port
 from environments import VllmEnvironment
+from profiler.capture.launch import runs_of
 
 LIMITS: Sequence[str] = (
-    *("--served-model-name", SERVED_MODEL, "--enforce-eager", "--no-enable-prefix-caching"),
+    # In 32 bits every CPU is fast; one without instructions for bfloat16 takes six times as long in 16.
+    *("--served-model-name", SERVED_MODEL, "--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32"),
     *("--max-model-len", "2048", "--max-num-batched-tokens", "512", "--max-num-seqs", "32"),
 )
 KEEP = "ARGS='--keep DIR' keeps every log, the captures and the packs"
@@ -31,16 +37,20 @@ _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), (
 
 @dataclass(frozen=True)
 class PlanPack:
-    """A pack of a plan of this length. `seconds`: from the engine's start to its end; steps: what the capture holds."""
+    """A pack of the parts so far of a plan of this length.
+
+    `seconds`: of all captures, from the engine's start to its end; `steps`: what they hold.
+    """
 
     minutes: float
     pack: Path
     seconds: float
     steps: int
-    # Regions of the plan that are known to its target, that were measured at all, and that it has.
+    # Regions of the plan that the last part knows to its target, that it measured at all, and that the plan has.
     tight: int
     measured: int
     regions: int
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -50,22 +60,82 @@ class PlanPack:
     def told(self) -> str:
         """For people, in one line."""
         return (
-            f"plan of {self.minutes:g} minutes: {self.steps} steps, {self.tight} of {self.regions} regions tight, "
-            f"{self.measured} measured, {self.seconds / 60:.1f} minutes with start and end of the engine"
+            f"plan of {self.minutes:g} minutes in {self.parts} parts: {self.steps} steps; of {self.regions} regions "
+            f"{self.tight} tight in the last part, {self.measured} measured; {self.seconds / 60:.1f} minutes with the "
+            "engine's starts and ends"
         )
 
 
-def make_pack(
-    vllm: VllmEnvironment, model: Path, site: Path, folder: Path, minutes: float, kind: str, progress: Progress
-) -> PlanPack:
-    """Capture a real engine that a plan of so many minutes drives, and build a pack of it."""
-    name, begin = f"{minutes:g}m", time.monotonic()
-    said = _capture(vllm, model, site, folder / f"capture-{name}", minutes, progress)
-    seconds, pack = time.monotonic() - begin, folder / f"pack-{name}"
-    built = step_oracle("build", str(folder / f"capture-{name}"), "--kind", kind, "-o", str(pack), next_step=KEEP)
-    print(built, flush=True)
-    tight, regions, measured, steps = _counts(said)
-    return PlanPack(minutes, pack, seconds, steps, tight, measured, regions)
+@dataclass(frozen=True)
+class Planner:
+    """Captures the next part of a plan, and builds the pack of all parts there are."""
+
+    vllm: VllmEnvironment
+    model: Path
+    site: Path
+    folder: Path
+    parts: int
+    kind: str
+    progress: Progress
+
+    def next_pack(self, minutes: float, before: PlanPack | None) -> PlanPack:
+        """The pack of one part more than the one before; None: there is none yet."""
+        name, part, begin = f"{minutes:g}m", before.parts + 1 if before else 1, time.monotonic()
+        capture, pack = self.folder / f"capture-{name}", self.folder / f"pack-{name}-{part}"
+        said = self._capture(self.folder / f"capture-{name}-{part}", minutes / self.parts)
+        seconds = time.monotonic() - begin
+        capture.mkdir(exist_ok=True)
+        # Each part is a folder of its own, so that it visits what the parts before it have visited too.
+        for run in runs_of(self.folder / f"capture-{name}-{part}"):
+            (capture / f"run-{part:03d}").symlink_to(run)
+        built = step_oracle("build", str(capture), "--kind", self.kind, "-o", str(pack), next_step=KEEP)
+        if part == self.parts:
+            print(built, flush=True)
+        tight, regions, measured, steps = _counts(said)
+        earlier = (before.seconds, before.steps) if before else (0.0, 0)
+        return PlanPack(minutes, pack, earlier[0] + seconds, earlier[1] + steps, tight, measured, regions, part)
+
+    def _capture(self, folder: Path, minutes: float) -> list[str]:
+        """Run the command as a user does; what it said about its plan and its run."""
+        serve = [
+            str(self.vllm.python),
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(self.model),
+            "--load-format",
+            "dummy",
+        ]
+        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *LIMITS]
+        command = [str(self.vllm.python), "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
+        log_path = folder.with_suffix(".log")
+        with log_path.open("wb") as log:
+            capture = subprocess.Popen(
+                [*command, "--minutes", f"{minutes:g}", "--", *serve],
+                env=engine_variables(self.site, None) | cpu_variables(),
+                cwd=folder.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            while capture.poll() is None:
+                if "step-oracle: plan:" in log_path.read_text(encoding="utf-8", errors="replace"):
+                    leave_core_to_the_model(capture.pid)
+                    break
+                time.sleep(0.2)
+            capture.wait()
+        finally:
+            # The first SIGTERM ends the engine, then the capture.
+            capture.terminate()
+            capture.wait()
+        if capture.returncode:
+            raise DemoFailed(f"the capture ended with {capture.returncode}:\n{tail(log_path)}", KEEP)
+        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line for line in lines if line.startswith(("run-", "  capture took", "  note", "step-oracle: plan:"))]
+        for line in told:
+            self.progress.say(f"    {line.strip()}")
+        return told
 
 
 def print_errors_by_plan(packs: Sequence[PlanPack], comparisons: Sequence[Comparison]) -> None:
@@ -106,43 +176,6 @@ def _noise(comparisons: Sequence[Comparison], metric: str) -> tuple[str, str]:
 
 def _column(metric: str) -> str:
     return next(key for column, key in DELTAS.items() if column.startswith(metric))
-
-
-def _capture(
-    vllm: VllmEnvironment, model: Path, site: Path, folder: Path, minutes: float, progress: Progress
-) -> list[str]:
-    """Run the command as a user does; what it said about its plan and its run."""
-    serve = [str(vllm.python), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--load-format", "dummy"]
-    serve += ["--host", "127.0.0.1", "--port", str(free_port()), *LIMITS]
-    command = [str(vllm.python), "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
-    log_path = folder.with_suffix(".log")
-    with log_path.open("wb") as log:
-        capture = subprocess.Popen(
-            [*command, "--minutes", f"{minutes:g}", "--", *serve],
-            env=engine_variables(site, None) | cpu_variables(),
-            cwd=folder.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        while capture.poll() is None:
-            if "step-oracle: plan:" in log_path.read_text(encoding="utf-8", errors="replace"):
-                leave_core_to_the_model(capture.pid)
-                break
-            time.sleep(0.2)
-        capture.wait()
-    finally:
-        # The first SIGTERM ends the engine, then the capture.
-        capture.terminate()
-        capture.wait()
-    if capture.returncode:
-        raise DemoFailed(f"the capture ended with {capture.returncode}:\n{tail(log_path)}", KEEP)
-    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    told = [line for line in lines if line.startswith(("run-", "  capture took", "  note", "step-oracle: plan:"))]
-    for line in told:
-        progress.say(f"    {line.strip()}")
-    return told
 
 
 def _counts(told: Sequence[str]) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from environments import VllmEnvironment
 
 SERVED_MODEL = "m"
 WARMUPS = 6
+# So many users keep the engine full while its capacity is measured.
+_CAPACITY_USERS = 16
 # A chat-like mix with long right tails, small enough for one core: means of about 150 and 40 tokens.
 PROMPTS = LengthMix(median=110, sigma=0.8, least=16, most=900)
 OUTPUTS = LengthMix(median=34, sigma=0.6, least=8, most=160)
@@ -24,32 +26,55 @@ OUTPUTS = LengthMix(median=34, sigma=0.6, least=8, most=160)
 
 @dataclass(frozen=True)
 class Workload:
-    """Open: `rate` requests a second, gamma gaps of this burstiness (1: Poisson). Closed: `users`, one request each."""
+    """Open: a share of what the engine can serve, gamma gaps of this burstiness (1: Poisson).
+
+    Closed: `users`, one request of each at a time. `capacity`: requests per second of the full real engine on this
+    machine; 0 until it is measured.
+    """
 
     name: str
-    rate: float = math.inf
+    share: float = 0.0
     burstiness: float = 1.0
     users: int = 0
+    capacity: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests a second; infinite for a closed loop."""
+        return math.inf if self.users else self.share * self.capacity
+
+    def on(self, capacity: float) -> Workload:
+        """The same on a machine that serves so many requests per second."""
+        return replace(self, capacity=capacity)
 
     def requests(self, seconds: float) -> int:
         """How many requests take about so long."""
-        # A closed loop of the machine this was made on serves 0.6 requests a second per user.
-        return max(4, round(seconds * (self.rate if self.users == 0 else 0.6 * self.users)))
+        return max(4, round(seconds * self.capacity * (self.share or 1.0)))
 
     def flags(self) -> tuple[str, ...]:
-        flags = ("--request-rate", "inf" if math.isinf(self.rate) else f"{self.rate:g}")
+        flags = ("--request-rate", "inf" if self.users else f"{self.rate:.4g}")
         if self.users:
             return (*flags, "--max-concurrency", str(self.users))
         return (*flags, "--burstiness", f"{self.burstiness:g}")
 
 
+# A faster machine gets more requests, not an idler engine.
 WORKLOADS = (
-    Workload("Poisson 2/s", rate=2.0),
-    Workload("Poisson 4/s", rate=4.0),
-    Workload("bursty 3/s", rate=3.0, burstiness=0.25),
+    Workload("Poisson 25 %", share=0.25),
+    Workload("Poisson 50 %", share=0.5),
+    Workload("bursty 40 %", share=0.4, burstiness=0.25),
     Workload("closed loop 8", users=8),
 )
 QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
+
+
+def measured_capacity(
+    environment: VllmEnvironment, base_url: str, *, model: Path, site: Path, folder: Path, seed: int
+) -> float:
+    """Requests per second that the engine at this address serves to so many users that it is never idle."""
+    users = Workload(f"closed loop {_CAPACITY_USERS}", users=_CAPACITY_USERS, capacity=2 * _CAPACITY_USERS)
+    result = run_bench(environment, users, base_url, model=model, site=site, folder=folder, seconds=1.0, seed=seed)
+    return float(result["request_throughput"])
 
 
 def run_bench(

@@ -32,7 +32,7 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     document = json.loads(figures.read_text())
 
-    assert [entry["workload"]["name"] for entry in document["comparisons"]] == ["Poisson 4/s", "closed loop 8"]
+    assert [entry["workload"]["name"] for entry in document["comparisons"]] == ["Poisson 50 %", "closed loop 8"]
     for entry in document["comparisons"]:
         for figure in entry["figures"]:
             assert len(figure["real"]) == len(figure["emulated"]) == 2

@@ -31,7 +31,7 @@ def result(**changes: float) -> dict[str, Any]:
     return {**{key: 100.0 for _, key, _ in METRICS}, "completed": 40, **changes}
 
 
-POISSON = Workload("Poisson 2/s", rate=2.0)
+POISSON = Workload("Poisson 20 %", share=0.2, capacity=10.0)
 
 
 def test_the_error_is_that_of_means_and_the_noise_that_of_the_farthest_real_run() -> None:
@@ -51,7 +51,7 @@ def test_every_mean_has_a_bound_and_one_beyond_it_is_named_with_the_noise() -> N
     assert [figure.metric for figure in comparison.figures if figure.bound_percent] == [
         *("TTFT mean", "TPOT mean", "ITL mean", "E2E mean", "output tokens/s")
     ]
-    assert beyond_bounds([comparison]) == ["Poisson 2/s: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)"]
+    assert beyond_bounds([comparison]) == ["Poisson 20 %: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)"]
     assert beyond_bounds([compare(POISSON, real, real, 3.0)]) == []
 
 
@@ -88,7 +88,7 @@ def test_errors_are_written_in_llm_emus_columns(tmp_path: Path) -> None:
             "plan_minutes",
         )
     ]
-    assert rows[1] == ["2", "4.00", "-1.00", "0.00", "0.00", "1.00", "Poisson 2/s", "3"]
+    assert rows[1] == ["2", "4.00", "-1.00", "0.00", "0.00", "1.00", "Poisson 20 %", "3"]
     assert rows[2][0] == "inf"
 
 
@@ -131,14 +131,15 @@ def test_every_run_is_in_the_json() -> None:
 
 
 def test_two_rates_a_bursty_one_and_a_closed_loop_are_run() -> None:
-    assert [workload.flags() for workload in WORKLOADS] == [
+    assert [workload.on(8.0).flags() for workload in WORKLOADS] == [
         ("--request-rate", "2", "--burstiness", "1"),
         ("--request-rate", "4", "--burstiness", "1"),
-        ("--request-rate", "3", "--burstiness", "0.25"),
+        ("--request-rate", "3.2", "--burstiness", "0.25"),
         ("--request-rate", "inf", "--max-concurrency", "8"),
     ]
     assert set(QUICK_WORKLOADS) < set(WORKLOADS)
-    assert all(workload.requests(0.1) >= 4 for workload in WORKLOADS)
+    assert all(workload.on(8.0).requests(0.1) >= 4 for workload in WORKLOADS)
+    assert [workload.on(8.0).requests(10.0) for workload in WORKLOADS] == [20, 40, 32, 80]
 
 
 def test_all_but_what_is_bound_to_it_leave_the_models_core() -> None:

@@ -21,9 +21,13 @@ from profiler.capture.requests import PlanRequests, RequestRefused, ordinary_tok
 
 
 class Api(ThreadingHTTPServer):
-    """Answers completions with one status."""
+    """Answers completions with one status, as streams."""
 
     status = 200
+    # What is sent behind the pieces of a stream.
+    end = "data: [DONE]\n\n"
+    # Bytes of a stream that are announced and never come.
+    missing = 0
     asked: list[dict[str, Any]]
     keys: list[str]
 
@@ -44,20 +48,18 @@ class Answer(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         if self.server.status != 200:
             self._send(self.server.status, {"error": {"message": "this is why", "code": self.server.status}})
-        elif asked.get("stream"):
-            pieces = [{"choices": [{"index": index, "text": "x"}]} for index in (1, 0)]
-            body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
-            self._send_bytes(200, body.encode(), "text/event-stream")
         else:
-            self._send(200, {"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": []})
+            pieces = [{"choices": [{"index": index, "text": "x"}]} for index in (1, 0)]
+            body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + self.server.end
+            self._send_bytes(200, body.encode(), "text/event-stream", self.server.missing)
 
     def _send(self, status: int, document: dict[str, Any]) -> None:
         self._send_bytes(status, json.dumps(document).encode(), "application/json")
 
-    def _send_bytes(self, status: int, body: bytes, kind: str) -> None:
+    def _send_bytes(self, status: int, body: bytes, kind: str, missing: int = 0) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + missing))
         self.end_headers()
         self.wfile.write(body)
 
@@ -95,7 +97,7 @@ def test_prompts_go_out_as_one_request_with_the_engines_key(api: Api) -> None:
 
     assert api.keys == ["Bearer secret"]
     assert [len(prompt) for prompt in asked["prompt"]] == [5, 5, 5]
-    assert (asked["max_tokens"], asked["ignore_eos"]) == (2, True)
+    assert (asked["max_tokens"], asked["ignore_eos"], asked["stream"]) == (2, True, True)
     assert asked["prompt"][0] != asked["prompt"][1]
     assert all(250 <= token <= 750 for prompt in asked["prompt"] for token in prompt)
 
@@ -141,6 +143,15 @@ def test_a_request_that_is_refused_leaves_the_engine_in_use(api: Api, status: in
 def test_any_other_status_ends_the_plan_and_is_told(api: Api, status: int, told: str) -> None:
     api.status = status
     with pytest.raises(InvalidArgument, match=told):
+        complete(api.url)
+
+
+@pytest.mark.parametrize(
+    ("end", "missing"), [('data: {"error": {"message": "EngineCore died", "code": 500}}\n\n', 0), ("", 7)]
+)
+def test_a_stream_that_ends_badly_ends_the_plan_and_is_told(api: Api, end: str, missing: int) -> None:
+    api.end, api.missing = end, missing
+    with pytest.raises(InvalidArgument, match="does not answer any more"):
         complete(api.url)
 
 
