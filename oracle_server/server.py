@@ -93,9 +93,10 @@ async def _serve(config: ServerConfig) -> int:
     node = Node(config.state_dir)
     traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
-    server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
+    age = config.max_stream_age_seconds
+    server = grpc.aio.server(interceptors=(*traced, *gates), options=options(max_stream_age_seconds=age))
     health = HealthServicer()
-    add_services(server, node, metrics, events, leases=config.leases)
+    add_services(server, node, metrics, events, leases=config.leases, max_stream_age_seconds=age)
     add_health(server, health)
     try:
         addresses = bind(server, config.listen, certificates)
@@ -174,14 +175,27 @@ async def _check_rates(node: Node) -> None:
         await node.tenants.check_rates()
 
 
-def options(*, shared_port: bool = False) -> tuple[tuple[str, int], ...]:
-    """Options of a server; `shared_port`: other processes listen at the same TCP address."""
-    return (("grpc.so_reuseport", int(shared_port)), *_OPTIONS)
+def options(*, shared_port: bool = False, max_stream_age_seconds: float = 0.0) -> tuple[tuple[str, int], ...]:
+    """Options of a server; `shared_port`: other processes listen at the same TCP address.
+
+    A connection takes no new call after `max_stream_age_seconds` (gRPC adds up to 10 % either way), so that its client
+    looks its name up again; what is open stays open. 0: for ever.
+    """
+    age = (("grpc.max_connection_age_ms", int(1e3 * max_stream_age_seconds)),) if max_stream_age_seconds else ()
+    return (("grpc.so_reuseport", int(shared_port)), *age, *_OPTIONS)
 
 
-def add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: Any, *, leases: bool) -> None:
+def add_services(
+    server: grpc.aio.Server,
+    node: Node,
+    metrics: Metrics,
+    events: Any,
+    *,
+    leases: bool,
+    max_stream_age_seconds: float = 0.0,
+) -> None:
     """The four services of step_oracle.v1."""
-    oracle = OracleService(node, metrics, events, leases=leases)
+    oracle = OracleService(node, metrics, events, leases=leases, max_stream_age_seconds=max_stream_age_seconds)
     oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, server)
     pack_pb2_grpc.add_ProfilePackServiceServicer_to_server(ProfilePackService(node, metrics, events), server)
     experiment_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(node, metrics, events), server)

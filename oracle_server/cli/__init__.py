@@ -43,6 +43,9 @@ def serve(
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT on loopback for Prometheus, or off.")] = None,
     no_leases: Annotated[bool, typer.Option("--no-leases", help="Answer every step; leave no engine a piece.")] = False,
     shards: Annotated[int | None, typer.Option(help="Processes that answer steps at the same address.")] = None,
+    max_stream_age: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Engines open their streams anew after so long; 0: never.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file: TCP addresses speak TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file: the certificate's key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: clients need a certificate it signed.")] = None,
@@ -61,6 +64,7 @@ def serve(
             state_dir=state_dir,
             leases=not no_leases,
             shards=shards,
+            max_stream_age_seconds=max_stream_age,
             tls_cert=tls_cert,
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,

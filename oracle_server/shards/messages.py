@@ -26,6 +26,7 @@ class ShardTask(msgspec.Struct, frozen=True):
     listen: tuple[str, ...]
     state_dir: str
     leases: bool
+    max_stream_age_seconds: float
     # Where the parent answers, and where the shard answers the parent.
     parent: str
     control: str

@@ -56,6 +56,7 @@ async def serve_sharded(config: ServerConfig) -> int:
             listen,
             state_dir,
             config.leases,
+            config.max_stream_age_seconds,
             f"unix:{socket}",
             f"unix:{_of_shard(socket, shard)}",
             config.tls,

@@ -19,8 +19,10 @@ from oracle_server.errors import (
     GenerationConflict,
     GenerationNotFound,
     InvalidArgument,
+    OracleError,
     PackNotFound,
     QuotaExceeded,
+    StaleGeneration,
     TenantNotFound,
 )
 from oracle_server.state import binding as bindings
@@ -438,6 +440,20 @@ class Experiments:
 def not_found(name: str) -> ExperimentNotFound:
     """The refusal of a name nobody has."""
     return ExperimentNotFound(f"there is no experiment {name}; `step-oracle experiment list` shows them")
+
+
+def not_here_yet(error: OracleError, seen_generation: int) -> OracleError:
+    """The refusal of an engine that has seen a generation of what is not found.
+
+    This server is behind a replica, or the experiment has been deleted: the engine tries again, here and elsewhere,
+    and its own budget decides. Any other error, or one of an engine that has seen none, stays what it is.
+    """
+    if not seen_generation or not isinstance(error, ExperimentNotFound | TenantNotFound):
+        return error
+    return StaleGeneration(
+        f"{error.message}; the engine has seen its generation {seen_generation}: this server is behind, or the "
+        "experiment has been deleted; retry, here or elsewhere"
+    )
 
 
 def _check_expected(live: LiveExperiment, expected_generation: int) -> None:

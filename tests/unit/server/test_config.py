@@ -19,6 +19,10 @@ def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
         ("[::1]:5",), "off", Path("/b"), 5.0
     )
     assert read_config({"STEP_ORACLE_SHARDS": "4"}).shards == 4
+    assert read_config({}).max_stream_age_seconds == 480
+    aged = {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "60"}
+    assert read_config(aged).max_stream_age_seconds == 60
+    assert read_config(aged, max_stream_age_seconds=0).max_stream_age_seconds == 0
     assert read_config({"STEP_ORACLE_SHARDS": "4"}, shards=2).shards == 2
     assert read_config({}).scheduling == "batch"
     assert read_config({"STEP_ORACLE_SCHEDULING": "other"}).scheduling == "other"
@@ -53,6 +57,10 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_SHARDS": "65"},
         {"STEP_ORACLE_SHARDS": "two"},
         {"STEP_ORACLE_SCHEDULING": "fifo"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "0.5"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "-1"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "nan"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "never"},
         {"STEP_ORACLE_TLS_CERT": "c"},
         {"STEP_ORACLE_TLS_KEY": "k"},
         {"STEP_ORACLE_TLS_CLIENT_CA": "a"},
