@@ -261,7 +261,11 @@ class OracleStream:
                 return
             except grpc.RpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
-                if error.code() not in _RETRIED:
+                # An id that is taken is so at the opening: a stream that was open may have ended for an earlier one of
+                # this engine, which a replica that hung has come upon late.
+                if error.code() not in _RETRIED and (
+                    lost_since_ns or error.code() is not grpc.StatusCode.ALREADY_EXISTS
+                ):
                     self._fail(reason)
                     return
             self._era = (self._era[0], deque())

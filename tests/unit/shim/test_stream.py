@@ -127,6 +127,28 @@ def test_a_refusal_is_not_retried() -> None:
         assert len(oracle.opened) == 1
 
 
+def test_an_id_that_is_taken_ends_an_engine_at_the_opening_of_a_stream_alone() -> None:
+    taken = threading.Event()
+
+    def take(message: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        if message.steps and (message.steps[0].step_index == 1 and not taken.is_set()):
+            taken.set()
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "the engine opened a newer stream")
+
+    def refuse(_: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.ALREADY_EXISTS, "the engine id was attached again since")
+
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle:
+        oracle.before_answer = take
+        with stream_to(oracle.target) as stream:
+            stream.wait(stream.submit(step(0)))
+            assert stream.wait(stream.submit(step(1))).step_index == 1
+            oracle.before_answer = refuse
+            with pytest.raises(OracleLost, match="attached again since"):
+                stream.wait(stream.submit(step(2)))
+        assert len(oracle.opened) == 3
+
+
 def test_under_hold_the_budget_does_not_end_anything() -> None:
     held = threading.Event()
 
