@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import grpc
 import uvloop
@@ -36,7 +36,10 @@ from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
 from oracle_server.service_manager import tell_ready, tell_stopping
+from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.node import Node
+from oracle_server.state.pack_folder import PackFolder
+from oracle_server.state.pack_remote import PackRemote
 from oracle_server.tls import Certificates
 from step_oracle.v1 import (
     experiment_pb2,
@@ -48,6 +51,14 @@ from step_oracle.v1 import (
     tenant_pb2,
     tenant_pb2_grpc,
 )
+
+
+class SharedState(TypedDict):
+    """Arguments of a Node."""
+
+    database: DatabaseFile | None
+    pack_remote: PackRemote | None
+
 
 SERVICES = (
     oracle_service_pb2.DESCRIPTOR.services_by_name["OracleService"].full_name,
@@ -90,7 +101,7 @@ async def _serve(config: ServerConfig) -> int:
     spans = open_spans(os.environ, events)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
-    node = Node(config.state_dir)
+    node = Node(config.state_dir, **shared_state(config))
     traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
     age = config.max_stream_age_seconds
@@ -151,6 +162,12 @@ async def _serve(config: ServerConfig) -> int:
     events.info("drained", steps=total_steps(metrics))
     await asyncio.to_thread(log_writer.close)
     return 0
+
+
+def shared_state(config: ServerConfig) -> SharedState:
+    """What a server of a fleet shares with the others, as arguments of its Node; nothing for one that is alone."""
+    database = DatabaseFile(config.database) if config.database else None
+    return {"database": database, "pack_remote": PackFolder(config.pack_folder) if config.pack_folder else None}
 
 
 def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused: str) -> None:

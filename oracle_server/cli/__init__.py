@@ -52,6 +52,12 @@ def serve(
     operator_token_file: Annotated[
         Path | None, typer.Option(help="The operator's token: every call needs a credential.")
     ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="File of a PostgreSQL URL: the state of a fleet of servers.")
+    ] = None,
+    pack_folder: Annotated[
+        Path | None, typer.Option(help="With --database: the folder all its servers have mounted, for packs.")
+    ] = None,
 ) -> None:
     """Run the oracle server until SIGTERM."""
     from oracle_server.config import read_config
@@ -69,6 +75,8 @@ def serve(
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,
             operator_token_file=operator_token_file,
+            database=database,
+            pack_folder=pack_folder,
         )
         from oracle_server.server import serve as run
 
@@ -80,6 +88,9 @@ def serve(
 def recompute(
     traces: Annotated[list[Path], typer.Argument(help="Step traces of shims (STEP_ORACLE_TRACE).")],
     state_dir: Annotated[Path | None, typer.Option(help="The server's folder: every generation is recomputed.")] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="With --state-dir: the file of the database's URL, where the fleet has one.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="A running server: only steps of the current generation are recomputed.")
     ] = None,
@@ -96,7 +107,7 @@ def recompute(
             with connect(target) as client:
                 report = recompute_at(client, traces)
         elif state_dir is not None:
-            report = recompute_from(state_dir, traces)
+            report = recompute_from(state_dir, traces, database)
     if json_output:
         print_json(report.as_dict())
     else:

@@ -141,6 +141,8 @@ class StepStream:
             while (request := await self._read()) is not EOF:
                 if request.HasField("open"):
                     raise InvalidArgument("`open` belongs to the first message of a stream only", field="open")
+                if live.snapshot.generation < request.min_generation:
+                    await self._node.catch_up(live, request.min_generation)
                 await self._answer(request, live, record, identity, pb.StreamStepsResponse())
             if self._aged:
                 why = AGED
@@ -175,7 +177,7 @@ class StepStream:
         try:
             await self._node.tenant_of(identity.experiment)
             # Before anything is compared with the engine: the rules and packs of an older generation do not bind it.
-            self._node.experiments.find(identity.experiment).snapshot.check_generation(seen)
+            await self._node.catch_up(self._node.experiments.find(identity.experiment), seen)
             return await self._node.attachments.open_stream(
                 identity,
                 wire.read_facts(first.open.config),
