@@ -249,7 +249,7 @@ class OracleStream:
                 for response in self._open():
                     lost_since_ns = 0
                     # One that opens and answers nothing is failing still.
-                    failures *= not response.replies
+                    failures *= response.HasField("opened") and not response.replies
                     self._take(response)
                 if not lost_since_ns:
                     # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from guarantees.shim_engines import ShimEngine, ShimFleet
 from oracle_calls import EXPERIMENT, Calls, decode, identity, prefill, reason_of
 from oracle_process import OracleProcess
 from oracle_server.rpc.recompute import recompute_from
+from postgres_server import PostgresServer
 from replicated_servers import ReplicatedServers, stream_ends
 from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2
@@ -29,13 +31,26 @@ from vllm_shim.stream import OracleStream, open_channels
 ENGINES = 4
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedServers]:
+@contextmanager
+def two_servers(folder: Path, database_url: str = "") -> Iterator[ReplicatedServers]:
     """Two servers whose streams live about a second, so that every engine moves between them all the time."""
-    folder = tmp_path_factory.mktemp("pair")
     build_composed_pack(folder / "pack", ratios=[0.9, 1.0, 1.1])
-    with ReplicatedServers(folder, 2, arguments=("--max-stream-age", "1")) as servers:
+    with ReplicatedServers(folder, 2, arguments=("--max-stream-age", "1"), database_url=database_url) as servers:
         servers.create(folder / "pack", seed=3)
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedServers]:
+    """Each with a state of its own: one can lag."""
+    with two_servers(tmp_path_factory.mktemp("apart")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def pair(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedServers]:
+    """Two of one PostgreSQL."""
+    with two_servers(tmp_path_factory.mktemp("pair"), postgres.new_database()) as servers:
         yield servers
 
 
@@ -60,7 +75,7 @@ def check(fleet: ShimFleet, pair: ReplicatedServers, traces: Path) -> None:
     """No step failed, none went back, and each was answered as any replica would have answered it."""
     assert fleet.failures == []
     assert [engine.went_back for engine in fleet.engines] == [0] * ENGINES
-    report = recompute_from(pair.servers[0].state_dir, sorted(traces.iterdir()))
+    report = pair.recompute(traces)
     assert (report.equal, report.different, report.skipped) == (fleet.steps, 0, 0)
     assert sum(engine.leased for engine in fleet.engines) > 0
 
@@ -74,6 +89,19 @@ def test_a_rolling_restart_fails_no_step(pair: ReplicatedServers, tmp_path: Path
             server.start()
             # Until some are at the one that is back.
             wait_for(lambda server=server: stream_ends(server).get("OK", 0) > 0)  # type: ignore[misc]
+    check(fleet, pair, tmp_path)
+
+
+def test_an_activation_reaches_engines_that_move_and_none_goes_back(pair: ReplicatedServers, tmp_path: Path) -> None:
+    with Calls(pair.servers[1].target) as calls:
+        current = calls.experiments.GetExperiment(experiment_pb2.GetExperimentRequest(name=EXPERIMENT), timeout=10)
+        generation, digest = current.experiment.generation, current.experiment.binding.default_pack_digest
+    with fleet_of(pair, tmp_path, "activate") as fleet:
+        fleet.go_on(5)
+        for number in range(4):
+            pair.activate(number % 2, digest, seed=100 + number)
+            fleet.go_on(20)
+        wait_for(lambda: all(engine.stream.saw(generation + 4) is not None for engine in fleet.engines))
     check(fleet, pair, tmp_path)
 
 
@@ -101,25 +129,25 @@ def test_a_replica_that_hangs_fails_no_step(pair: ReplicatedServers, tmp_path: P
     check(fleet, pair, tmp_path)
 
 
-def test_no_engine_goes_back_where_one_replica_lags(pair: ReplicatedServers, tmp_path: Path) -> None:
+def test_no_engine_goes_back_where_one_replica_lags(apart: ReplicatedServers, tmp_path: Path) -> None:
     build_constant_pack(tmp_path.parent / "newer", latency_ns=7_000_000)
     digests = []
-    for server in pair.servers:
+    for server in apart.servers:
         with Calls(server.target) as calls:
             digests.append(calls.upload(tmp_path.parent / "newer"))
-    behind = pair.servers[1]
-    with fleet_of(pair, tmp_path, "lag") as fleet:
+    behind = apart.servers[1]
+    with fleet_of(apart, tmp_path, "lag") as fleet:
         fleet.go_on(5)
-        pair.activate(0, digests[0], seed=4)
+        apart.activate(0, digests[0], seed=4)
         before = stream_ends(behind).get("STALE_GENERATION", 0)
         # Engines that have seen the newer generation come to the one that lags, and are sent on.
         wait_for(lambda: stream_ends(behind).get("STALE_GENERATION", 0) >= before + ENGINES)
         fleet.go_on(20)
-        pair.activate(1, digests[1], seed=4)
+        apart.activate(1, digests[1], seed=4)
         wait_for(lambda: all(engine.stream.saw(2) is not None for engine in fleet.engines))
         ends = stream_ends(behind).get("OK", 0)
         wait_for(lambda: stream_ends(behind).get("OK", 0) > ends)
-    check(fleet, pair, tmp_path)
+    check(fleet, apart, tmp_path)
 
 
 def test_a_stream_that_is_old_ends_between_steps_and_leases_stay(server_of_short_streams: OracleProcess) -> None:
@@ -212,8 +240,9 @@ def test_an_engine_that_has_seen_more_is_sent_on_and_not_refused(calls: Calls, p
     assert not calls.experiments.ListEngines(request, timeout=10).engines
 
 
-def test_a_replica_takes_an_engine_that_attached_at_another(pair: ReplicatedServers) -> None:
-    first, second = (Calls(server.target) for server in pair.servers)
+def test_a_replica_takes_an_engine_that_attached_at_another(apart: ReplicatedServers) -> None:
+    """Without a word from the other one."""
+    first, second = (Calls(server.target) for server in apart.servers)
     with first, second:
         engine = identity("attached-elsewhere")
         incarnation = first.attach(engine).incarnation

@@ -9,6 +9,7 @@ from guarantees.one_against_shards import GENERATION_LIKE, LONG, QUICK, Sizes, c
 from guarantees.row import Guarantee, Row, judged
 from oracle_calls import Calls
 from oracle_process import OracleProcess
+from postgres_server import PostgresServer
 from replicated_servers import ReplicatedServers
 
 REPLICAS = 4
@@ -20,7 +21,8 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
     arguments = ("--max-stream-age", "0")
     with (
         OracleProcess(folder / "one", arguments=arguments) as one,
-        ReplicatedServers(folder, REPLICAS, arguments=arguments) as many,
+        PostgresServer() as postgres,
+        ReplicatedServers(folder, REPLICAS, arguments=arguments, database_url=postgres.new_database()) as many,
         Calls(one.target) as alone,
     ):
         for pack in packs:
@@ -30,7 +32,7 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
         compared, different = compare(alone, [Calls(server.target) for server in many.servers], names, sizes)
     return [
         judged(
-            "one server and four replicas answer alike",
+            "one server and four replicas of one PostgreSQL answer alike",
             f"{compared:,} steps at a pinned generation of three packs, overlays included, each replica a quarter",
             f"{different} differences",
             "0",

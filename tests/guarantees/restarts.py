@@ -13,7 +13,8 @@ from guarantees.hot_swaps import binding_of, build_packs
 from guarantees.row import Guarantee, Row, judged
 from guarantees.shim_engines import ShimEngine, ShimFleet
 from oracle_calls import Calls
-from oracle_server.rpc.recompute import Report, recompute_from
+from oracle_server.rpc.recompute import Report
+from postgres_server import PostgresServer
 from replicated_servers import ReplicatedServers, stream_ends
 
 REPLICAS = 2
@@ -43,11 +44,20 @@ QUICK = Sizes(engines=6, moves=40, restarts=2, kills=2, activations=4)
 def run(folder: Path, sizes: Sizes) -> list[Row]:
     packs = build_packs(folder)
     rows = []
-    with ReplicatedServers(folder, REPLICAS, arguments=("--max-stream-age", str(STREAM_SECONDS))) as replicas:
+    arguments = ("--max-stream-age", str(STREAM_SECONDS))
+    with (
+        PostgresServer() as postgres,
+        ReplicatedServers(
+            folder / "fleet", REPLICAS, arguments=arguments, database_url=postgres.new_database()
+        ) as fleet,
+    ):
+        fleet.create(packs[1], **binding_of(1))
+        rows += _grow_old(fleet, folder / "moves", sizes)
+        rows += _restart(fleet, folder / "restarts", sizes)
+        rows += _kill(fleet, folder / "kills", sizes)
+    # Each with a state of its own: those of one database do not lag for long enough.
+    with ReplicatedServers(folder / "apart", REPLICAS, arguments=arguments) as replicas:
         replicas.create(packs[1], **binding_of(1))
-        rows += _grow_old(replicas, folder / "moves", sizes)
-        rows += _restart(replicas, folder / "restarts", sizes)
-        rows += _kill(replicas, folder / "kills", sizes)
         rows += _lag(replicas, packs, folder / "lags", sizes)
     return rows
 
@@ -87,7 +97,7 @@ def _restart(replicas: ReplicatedServers, traces: Path, sizes: Sizes) -> list[Ro
             _wait_for_streams(replicas, number % REPLICAS)
 
     fleet, report = _under_load(replicas, traces, sizes, restart)
-    done = f"{sizes.restarts} restarts of {REPLICAS} replicas in turn, {sizes.engines} shim clients"
+    done = f"{sizes.restarts} restarts of {REPLICAS} replicas of one PostgreSQL in turn, {sizes.engines} shim clients"
     return [_no_step_failed("rolling restart: no step fails", done, fleet, report)]
 
 
@@ -100,7 +110,7 @@ def _kill(replicas: ReplicatedServers, traces: Path, sizes: Sizes) -> list[Row]:
             _wait_for_streams(replicas, number % REPLICAS)
 
     fleet, report = _under_load(replicas, traces, sizes, kill)
-    done = f"kill -9 of one of {REPLICAS} replicas, {sizes.kills} times, {sizes.engines} shim clients"
+    done = f"kill -9 of one of {REPLICAS} replicas of one PostgreSQL, {sizes.kills} times, {sizes.engines} shim clients"
     return [_no_step_failed("a replica is killed: no step fails", done, fleet, report)]
 
 
@@ -166,7 +176,7 @@ def _under_load(
         fleet.go_on(10)
         disturb(fleet)
         fleet.go_on(10)
-    return fleet, recompute_from(replicas.servers[0].state_dir, sorted(traces.iterdir()))
+    return fleet, replicas.recompute(traces)
 
 
 def _wait_for_streams(replicas: ReplicatedServers, number: int) -> None:
