@@ -39,12 +39,18 @@ _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
 _LEASES = "STEP_ORACLE_LEASES"
 _SHARDS = "STEP_ORACLE_SHARDS"
 _SCHEDULING = "STEP_ORACLE_SCHEDULING"
+_MAX_STREAM_AGE = "STEP_ORACLE_MAX_STREAM_AGE_SECONDS"
+_DATABASE = "STEP_ORACLE_DATABASE"
+_PACK_FOLDER = "STEP_ORACLE_PACK_FOLDER"
 _TLS_CERT = "STEP_ORACLE_TLS_CERT"
 _TLS_KEY = "STEP_ORACLE_TLS_KEY"
 _TLS_CLIENT_CA = "STEP_ORACLE_TLS_CLIENT_CA"
 _OPERATOR_TOKEN_FILE = "STEP_ORACLE_OPERATOR_TOKEN_FILE"  # noqa: S105 - a name
 
 MAX_SHARDS = 64
+# Every engine takes part in new replicas within ten minutes, and a stream is opened rarely enough to cost nothing.
+MAX_STREAM_AGE_SECONDS = 480.0
+_LONGEST_STREAM_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +75,14 @@ class ServerConfig:
     | leases | 1 | 0: grant no leases, every step is asked for |
     | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
     | scheduling | batch | batch: SCHED_BATCH, nearly half the CPU per step of a full core; other: as it was started |
+    | max_stream_age_seconds | 480 | after so long, ± 20 %, engines open their streams anew, maybe elsewhere; 0: never |
+    | database | none | file of the URL of a PostgreSQL that the servers of a fleet share; none: a file in state_dir |
+    | pack_folder | none | folder that all servers of a fleet have mounted, for packs; none: one server at a time |
     | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
 
-    An address beyond loopback needs `tls` and `operator_token_file`.
+    An address beyond loopback needs `tls` and `operator_token_file`; `pack_folder` needs `database`.
     """
 
     listen: tuple[str, ...]
@@ -85,6 +94,9 @@ class ServerConfig:
     scheduling: str = BATCH
     tls: TlsFiles | None = None
     operator_token_file: Path | None = None
+    max_stream_age_seconds: float = MAX_STREAM_AGE_SECONDS
+    database: Path | None = None
+    pack_folder: Path | None = None
 
 
 def read_config(
@@ -95,10 +107,13 @@ def read_config(
     state_dir: Path | None = None,
     leases: bool = True,
     shards: int | None = None,
+    max_stream_age_seconds: float | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     tls_client_ca: Path | None = None,
     operator_token_file: Path | None = None,
+    database: Path | None = None,
+    pack_folder: Path | None = None,
 ) -> ServerConfig:
     """The configuration from flags and environment; InvalidArgument names what is wrong."""
     _refuse_unknown(environ)
@@ -144,6 +159,8 @@ def read_config(
         scheduling,
         tls,
         Path(operator).expanduser() if operator else None,
+        _read_stream_age(environ.get(_MAX_STREAM_AGE), max_stream_age_seconds),
+        *_read_shared(environ, database, pack_folder),
     )
 
 
@@ -162,10 +179,40 @@ def _read_tls(
     return TlsFiles(*given)
 
 
+def _read_shared(
+    environ: Mapping[str, str], database: Path | None, pack_folder: Path | None
+) -> tuple[Path | None, Path | None]:
+    given = [
+        path or Path(environ.get(name) or "") for path, name in ((database, _DATABASE), (pack_folder, _PACK_FOLDER))
+    ]
+    file, folder = (path.expanduser() if path != Path() else None for path in given)
+    if folder and not file:
+        raise InvalidArgument(
+            "a pack folder is what servers share that have one database; give --database too, or no --pack-folder",
+            field="pack_folder",
+        )
+    return file, folder
+
+
 def _read_shards(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_SHARDS:
         raise InvalidArgument(f"shards is {text!r}; allowed: 1 (this process alone) to {MAX_SHARDS}", field="shards")
     return int(text)
+
+
+def _read_stream_age(variable: str | None, flag: float | None) -> float:
+    text = variable or str(MAX_STREAM_AGE_SECONDS) if flag is None else str(flag)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if seconds != 0 and not 1 <= seconds <= _LONGEST_STREAM_SECONDS:
+        raise InvalidArgument(
+            f"the greatest age of a stream is {text!r}; allowed: 0 (streams never end by age) and 1 to "
+            f"{_LONGEST_STREAM_SECONDS:g} seconds",
+            field="max_stream_age_seconds",
+        )
+    return seconds
 
 
 def check_address(address: str, *, outside: bool = False) -> None:
@@ -196,7 +243,9 @@ def is_loopback(host: str) -> bool:
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
     secured = (_TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
-    known = {_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, *secured, *_OF_OTHERS}
+    shared = (_DATABASE, _PACK_FOLDER)
+    own = (_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, _MAX_STREAM_AGE)
+    known = {*own, *shared, *secured, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -66,19 +66,24 @@ def examine(host: Host, model: Path | None, timeout_seconds: float) -> Iterator[
     yield finding
     if config is None:
         return
-    try:
-        call = _channel_call(config, timeout_seconds)
-    except ImportError:
-        # The finding on grpcio says what to do.
-        return
-    except OSError as error:
-        mend = "correct STEP_ORACLE_TLS_CA, _CERT and _KEY; an engine refuses to start with them"
-        yield problem("tls", str(error), mend)
-        return
-    reachable = health(call, str(config["target"]))
-    yield reachable
-    if reachable.status == "ok":
-        yield from experiment(config, call, model)
+    serving: list[Call] = []
+    for target in map(str.strip, str(config["target"]).split(",")):
+        try:
+            call = _channel_call({**config, "target": target}, timeout_seconds)
+        except ImportError:
+            # The finding on grpcio says what to do.
+            return
+        except OSError as error:
+            mend = "correct STEP_ORACLE_TLS_CA, _CERT and _KEY; an engine refuses to start with them"
+            yield problem("tls", str(error), mend)
+            return
+        reachable = health(call, target)
+        yield reachable
+        if reachable.status == "ok":
+            serving.append(call)
+    if serving:
+        # Any replica answers alike.
+        yield from experiment(config, serving[0], model)
 
 
 def server_variables(environ: Mapping[str, str]) -> Finding:

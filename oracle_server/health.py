@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; 0: healthy, 1: answers but is not ready, 2: bad arguments, 3: nothing answers."""
     arguments = _parser().parse_args(list(argv))
     health = wait(
-        lambda: check(arguments.target, arguments.service, arguments.timeout),
+        lambda: best(arguments.target, arguments.service, arguments.timeout, alive_is_enough=arguments.alive),
         alive_is_enough=arguments.alive,
         seconds=arguments.wait,
     )
@@ -64,6 +64,12 @@ def wait(
         if health.exit_status(alive_is_enough=alive_is_enough) == READY or clock() >= end:
             return health
         sleep(_BETWEEN_TRIES_SECONDS)
+
+
+def best(target: str, service: str, timeout_seconds: float, *, alive_is_enough: bool) -> Health:
+    """The best health among the replicas a target names: engines need one of them."""
+    checks = (check(one.strip(), service, timeout_seconds) for one in target.split(","))
+    return min(checks, key=lambda health: health.exit_status(alive_is_enough=alive_is_enough))
 
 
 def check(target: str, service: str, timeout_seconds: float) -> Health:
@@ -92,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         default=os.environ.get("STEP_ORACLE_TARGET") or DEFAULT_TARGET,
-        help=f"HOST:PORT or unix:/path ($STEP_ORACLE_TARGET, else {DEFAULT_TARGET})",
+        help=f"HOST:PORT or unix:/path; one of several will do ($STEP_ORACLE_TARGET, else {DEFAULT_TARGET})",
     )
     parser.add_argument("--service", default=SERVICE, type=_service, help=f"gRPC service to ask about ({SERVICE})")
     parser.add_argument("--alive", action="store_true", help="any answer will do: loading and draining are fine")

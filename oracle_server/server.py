@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import grpc
 import uvloop
@@ -36,7 +36,10 @@ from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
 from oracle_server.service_manager import tell_ready, tell_stopping
+from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.node import Node
+from oracle_server.state.pack_folder import PackFolder
+from oracle_server.state.pack_remote import PackRemote
 from oracle_server.tls import Certificates
 from step_oracle.v1 import (
     experiment_pb2,
@@ -48,6 +51,14 @@ from step_oracle.v1 import (
     tenant_pb2,
     tenant_pb2_grpc,
 )
+
+
+class SharedState(TypedDict):
+    """Arguments of a Node."""
+
+    database: DatabaseFile | None
+    pack_remote: PackRemote | None
+
 
 SERVICES = (
     oracle_service_pb2.DESCRIPTOR.services_by_name["OracleService"].full_name,
@@ -90,12 +101,13 @@ async def _serve(config: ServerConfig) -> int:
     spans = open_spans(os.environ, events)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
-    node = Node(config.state_dir)
+    node = Node(config.state_dir, **shared_state(config))
     traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
-    server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
+    age = config.max_stream_age_seconds
+    server = grpc.aio.server(interceptors=(*traced, *gates), options=options(max_stream_age_seconds=age))
     health = HealthServicer()
-    add_services(server, node, metrics, events, leases=config.leases)
+    add_services(server, node, metrics, events, leases=config.leases, max_stream_age_seconds=age)
     add_health(server, health)
     try:
         addresses = bind(server, config.listen, certificates)
@@ -152,6 +164,12 @@ async def _serve(config: ServerConfig) -> int:
     return 0
 
 
+def shared_state(config: ServerConfig) -> SharedState:
+    """What a server of a fleet shares with the others, as arguments of its Node; nothing for one that is alone."""
+    database = DatabaseFile(config.database) if config.database else None
+    return {"database": database, "pack_remote": PackFolder(config.pack_folder) if config.pack_folder else None}
+
+
 def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused: str) -> None:
     """Log that the process takes connections, and under which policy; `refused`: why not under the one it should."""
     where = {"listen": list(addresses), "state_dir": str(config.state_dir)}
@@ -174,14 +192,27 @@ async def _check_rates(node: Node) -> None:
         await node.tenants.check_rates()
 
 
-def options(*, shared_port: bool = False) -> tuple[tuple[str, int], ...]:
-    """Options of a server; `shared_port`: other processes listen at the same TCP address."""
-    return (("grpc.so_reuseport", int(shared_port)), *_OPTIONS)
+def options(*, shared_port: bool = False, max_stream_age_seconds: float = 0.0) -> tuple[tuple[str, int], ...]:
+    """Options of a server; `shared_port`: other processes listen at the same TCP address.
+
+    A connection takes no new call after `max_stream_age_seconds` (gRPC adds up to 10 % either way), so that its client
+    looks its name up again; what is open stays open. 0: for ever.
+    """
+    age = (("grpc.max_connection_age_ms", int(1e3 * max_stream_age_seconds)),) if max_stream_age_seconds else ()
+    return (("grpc.so_reuseport", int(shared_port)), *age, *_OPTIONS)
 
 
-def add_services(server: grpc.aio.Server, node: Node, metrics: Metrics, events: Any, *, leases: bool) -> None:
+def add_services(
+    server: grpc.aio.Server,
+    node: Node,
+    metrics: Metrics,
+    events: Any,
+    *,
+    leases: bool,
+    max_stream_age_seconds: float = 0.0,
+) -> None:
     """The four services of step_oracle.v1."""
-    oracle = OracleService(node, metrics, events, leases=leases)
+    oracle = OracleService(node, metrics, events, leases=leases, max_stream_age_seconds=max_stream_age_seconds)
     oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, server)
     pack_pb2_grpc.add_ProfilePackServiceServicer_to_server(ProfilePackService(node, metrics, events), server)
     experiment_pb2_grpc.add_ExperimentServiceServicer_to_server(ExperimentService(node, metrics, events), server)

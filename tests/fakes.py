@@ -53,6 +53,8 @@ class ScriptedOracle(rpc.OracleServiceServicer):
         self.counts: list[pb.ShimCounts] = []
         # Called once per stream message before it is answered; may abort through the context.
         self.before_answer: Callable[[pb.StreamStepsRequest, grpc.ServicerContext], None] | None = None
+        # Ends the stream without an error after so many messages, or at the next one beyond; 0: the engine ends it.
+        self.messages_per_stream = 0
         self.device = pb.DeviceDescription(
             name="NVIDIA H100 80GB HBM3", memory_bytes=80 << 30, capability_major=9, capability_minor=0
         )
@@ -88,7 +90,7 @@ class ScriptedOracle(rpc.OracleServiceServicer):
     def StreamSteps(
         self, request_iterator: Iterator[pb.StreamStepsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamStepsResponse]:
-        for message in request_iterator:
+        for number, message in enumerate(request_iterator, 1):
             response = pb.StreamStepsResponse()
             with self._lock:
                 if message.HasField("open"):
@@ -102,3 +104,5 @@ class ScriptedOracle(rpc.OracleServiceServicer):
                 self.before_answer(message, context)
             response.replies.extend(self.answer(step) for step in message.steps)
             yield response
+            if 0 < self.messages_per_stream <= number:
+                return

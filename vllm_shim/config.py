@@ -19,7 +19,7 @@ _PASSED_THROUGH = {
     f"STEP_ORACLE_{name}"
     for name in (
         "DEVICE DATA_PARALLEL_SIZE LAST_WORDS LISTEN METRICS STATE_DIR DRAIN_SECONDS SHARDS SCHEDULING DATA CACHE "
-        "CAPTURE TLS_CLIENT_CA OPERATOR_TOKEN_FILE"
+        "MAX_STREAM_AGE_SECONDS CAPTURE TLS_CLIENT_CA OPERATOR_TOKEN_FILE"
     ).split()
 }
 
@@ -30,7 +30,7 @@ class ShimConfig:
 
     | field | default | meaning |
     | --- | --- | --- |
-    | target | required | oracle server: host:port or unix:/path |
+    | target | required | oracle server: host:port or unix:/path; its replicas with commas, or dns:///name:port |
     | experiment | tenants/default/experiments/default | whose fleet this engine joins |
     | engine_id | host name and port of the vLLM server | unique in the fleet; "/dp<rank>" is appended for DP ranks |
     | engine_labels | none | k=v,k=v for the experiment's rules |
@@ -74,8 +74,11 @@ class ShimConfig:
             return environ.get(f"STEP_ORACLE_{name}", "") or default
 
         target = read("TARGET")
-        if not target:
-            raise ConfigurationError("STEP_ORACLE_TARGET is empty; give host:port or unix:/path of the oracle server")
+        if not all(map(str.strip, target.split(","))):
+            raise ConfigurationError(
+                f"STEP_ORACLE_TARGET is {target!r}; give host:port or unix:/path of the oracle server, or of each of "
+                "its replicas with commas between them"
+            )
         experiment = read("EXPERIMENT", "tenants/default/experiments/default")
         if not _EXPERIMENT.fullmatch(experiment):
             raise ConfigurationError(

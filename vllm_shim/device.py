@@ -58,15 +58,16 @@ def _ask() -> Device:
     import grpc
 
     from step_oracle.v1 import oracle_service_pb2 as pb
-    from vllm_shim.stream import call_unary, open_channel
+    from vllm_shim.stream import call_unary, open_channels
 
     config = ShimConfig.from_environment()
     engine = pb.EngineIdentity(
         experiment=config.experiment, engine_id=config.engine_id, labels=dict(config.engine_labels)
     )
     try:
-        with open_channel(config) as channel:
-            answer = call_unary(channel, config, "GetDevice", pb.GetDeviceRequest(engine=engine), pb.GetDeviceResponse)
+        answer = call_unary(
+            open_channels(config), config, "GetDevice", pb.GetDeviceRequest(engine=engine), pb.GetDeviceResponse
+        )
     except grpc.RpcError as error:
         raise OracleLost(
             f"step-oracle: oracle {config.target} gave no device for {config.experiment} within the budget of "

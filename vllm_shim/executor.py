@@ -23,7 +23,7 @@ from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
 from vllm_shim.output import OutputBuilder
 from vllm_shim.run_summary import RunSummary
 from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
-from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channel
+from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channels
 from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
 from vllm_shim.tokens import TokenSource
 from vllm_shim.trace import TraceWriter
@@ -103,7 +103,7 @@ class StepOracleExecutor(Executor):
 
     def _open_stream(self, opening: pb.StreamOpen) -> OracleStream:
         _prepare_engine_thread()
-        return OracleStream(self._config, self._channel, opening)
+        return OracleStream(self._config, self._channels, opening)
 
     def _attach(self) -> pb.AttachEngineResponse:
         request = pb.AttachEngineRequest(
@@ -112,10 +112,10 @@ class StepOracleExecutor(Executor):
             device_generation=emulated_device().generation,
             allow_mismatch=self._config.allow_mismatch,
         )
-        self._channel = open_channel(self._config)
+        self._channels = open_channels(self._config)
         try:
             answer: pb.AttachEngineResponse = call_unary(
-                self._channel, self._config, "AttachEngine", request, pb.AttachEngineResponse
+                self._channels, self._config, "AttachEngine", request, pb.AttachEngineResponse
             )
         except grpc.RpcError as error:
             loss = OracleLost(
@@ -335,7 +335,7 @@ class StepOracleExecutor(Executor):
         """Only lock-step ranks of MoE models run dummy batches, and those are refused at start."""
 
     def check_health(self) -> None:
-        return
+        """An engine that has lost its oracle ends by itself."""
 
     def shutdown(self) -> None:
         sys.setswitchinterval(getattr(self, "_switch_interval", sys.getswitchinterval()))

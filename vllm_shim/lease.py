@@ -36,7 +36,7 @@ class HeldLease:
 
 
 class LeaseTable:
-    """The leases of one generation on one stream. Owned by one thread; bounded."""
+    """The leases of one generation, from whichever replica. Owned by one thread; bounded."""
 
     def __init__(self) -> None:
         # By number of requests, the newest first.
@@ -67,7 +67,7 @@ class LeaseTable:
         return None
 
     def clear(self) -> None:
-        """Another generation or another stream: nothing that was granted holds any more."""
+        """Another generation, or a stream that broke: nothing that was granted holds any more."""
         self._held, self._pools, self._size = {}, {}, 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
@@ -72,22 +72,11 @@ class StepOraclePlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
-    @classmethod
-    def inference_mode(cls) -> Any:
-        return torch.no_grad()
-
-    @classmethod
-    def get_attn_backend_cls(cls, *_: Any, **__: Any) -> str:
-        return "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
-
-    @classmethod
-    def get_punica_wrapper(cls) -> str:
-        return "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
-
-    @classmethod
-    def support_hybrid_kv_cache(cls) -> bool:
-        return True
-
+    # The same for every device.
+    inference_mode = staticmethod(torch.no_grad)
+    support_hybrid_kv_cache = staticmethod(lambda: True)
+    get_attn_backend_cls = staticmethod(lambda *_, **__: "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")
+    get_punica_wrapper = staticmethod(lambda: "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU")
     # vLLM would load kernels, pick attention backends or touch a device here.
     import_kernels = import_ir_kernels = staticmethod(lambda: None)
     update_block_size_for_backend = set_device = manual_seed_all = staticmethod(lambda _: None)

@@ -1,6 +1,7 @@
 """The engine's one stream to the oracle: submit on the engine thread, receive on one reader thread, outlive an outage.
 
-Answers are a pure function of what is asked, so whatever is pending is simply asked again on a new stream.
+Answers are a pure function of what is asked, so whatever is pending is simply asked again on a new stream, at whichever
+replica.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_shim.config import ShimConfig
     from vllm_shim.step_shape import DecodeStep
 
-_SERVICE = "/step_oracle.v1.OracleService/"
+_SERVICE = "step_oracle.v1.OracleService"
 _CHANNEL_OPTIONS = (
     # A fresh subchannel per engine: the shared pool keeps the back-off of an address that was down (grpcio 1.85.1,
     # seen).
@@ -37,6 +38,12 @@ _CHANNEL_OPTIONS = (
     # Slower than the server's minimum, else it answers GOAWAY too_many_pings.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Each call to the next address that is connected and says that it serves: one that starts or drains says it does
+    # not, and one that knows no health checks counts as serving.
+    (
+        "grpc.service_config",
+        f'{{"loadBalancingConfig": [{{"round_robin": {{}}}}], "healthCheckConfig": {{"serviceName": "{_SERVICE}"}}}}',
+    ),
 )
 _RETRIED = {
     grpc.StatusCode.UNAVAILABLE,
@@ -45,6 +52,7 @@ _RETRIED = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+# What each failure beyond the first at every replica adds to the pause before the next try, and the longest pause.
 _BACKOFF_SECONDS = (0.05, 0.5)
 _COUNTS_EVERY_SECONDS = 1.0
 _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000))
@@ -85,16 +93,16 @@ class PendingStep:
 
 
 class OracleStream:
-    """Owns the channel, the stream and the reader thread of one engine core.
+    """Owns the stream and the reader thread of one engine core, and of the channels to its replicas.
 
     Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread;
     `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may run on the
     engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
-    def __init__(self, config: ShimConfig, channel: grpc.Channel, opening: pb.StreamOpen) -> None:
+    def __init__(self, config: ShimConfig, channels: deque[grpc.Channel], opening: pb.StreamOpen) -> None:
         self._config = config
-        self._channel = channel
+        self._channels = channels
         self._opening = opening
         self._lock = threading.Lock()
         self._pending: deque[PendingStep] = deque()
@@ -102,7 +110,7 @@ class OracleStream:
         self._call: Any = None
         self._closed = threading.Event()
         self._fatal: OracleLost | None = None
-        # Highest generation seen and the leases of it from this stream: none holds longer than one such pair is here.
+        # Highest generation seen and the leases of it: none holds longer than one such pair is here.
         self._era: tuple[int, deque[step_pb2.Lease]] = (0, deque())
         self._leases, self._leases_era = LeaseTable(), self._era
         # When the first message went out since the oracle was last heard; 0: none has. It answers every message.
@@ -151,7 +159,7 @@ class OracleStream:
         return answered
 
     def _take_leases(self) -> None:
-        """Engine thread: what has arrived goes into the table; what is of another generation or stream goes."""
+        """Engine thread: what has arrived goes into the table; what is of another era goes."""
         if self._era is not self._leases_era:
             self._leases_era = self._era
             self._leases.clear()
@@ -225,7 +233,8 @@ class OracleStream:
         self._reader.join(timeout=1.0)
         if self._call is not None:
             self._call.cancel()
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def _take_counts(self) -> pb.ShimCounts:
         with self._lock:
@@ -234,24 +243,29 @@ class OracleStream:
 
     def _read(self) -> None:
         """Reader thread: one stream after the other until closed or lost."""
-        lost_since_ns = time.monotonic_ns()
-        backoff = _BACKOFF_SECONDS[0]
+        lost_since_ns, failures = time.monotonic_ns(), 0
         while not self._closed.is_set() and self._fatal is None:
             try:
                 for response in self._open():
-                    lost_since_ns, backoff = 0, _BACKOFF_SECONDS[0]
+                    lost_since_ns = 0
+                    # One that opens and answers nothing is failing still.
+                    failures *= response.HasField("opened") and not response.replies
                     self._take(response)
-                if self._closed.is_set():
-                    return
+                if not lost_since_ns:
+                    # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.
+                    lost_since_ns = time.monotonic_ns()
+                    continue
                 reason = "the oracle ended the stream"
             except ConfigurationError as error:
                 self._fail(str(error))
                 return
             except grpc.RpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
-                if self._closed.is_set():
-                    return
-                if error.code() not in _RETRIED:
+                # An id that is taken is so at the opening: a stream that was open may have ended for an earlier one of
+                # this engine, which a replica that hung has come upon late.
+                if error.code() not in _RETRIED and (
+                    lost_since_ns or error.code() is not grpc.StatusCode.ALREADY_EXISTS
+                ):
                     self._fail(reason)
                     return
             self._era = (self._era[0], deque())
@@ -261,8 +275,10 @@ class OracleStream:
             if self._budget_spent(lost_since_ns):
                 self._fail(f"{reason}; the budget of {self._config.budget_seconds:g} s is spent")
                 return
-            self._closed.wait(backoff * random.uniform(0.8, 1.2))  # noqa: S311
-            backoff = min(2 * backoff, _BACKOFF_SECONDS[1])
+            failures += 1
+            # The next replica at once, each of them, then ever more slowly.
+            pause = min(_BACKOFF_SECONDS[0] * max(0, failures - len(self._channels)), _BACKOFF_SECONDS[1])
+            self._closed.wait(pause * random.uniform(0.8, 1.2))  # noqa: S311
 
     def _budget_spent(self, lost_since_ns: int) -> bool:
         """An idle engine waits for its oracle as long as it takes; the budget runs while a step is pending."""
@@ -276,7 +292,7 @@ class OracleStream:
         """A new stream that presents the engine and asks again whatever is pending."""
         outbox: SimpleQueue[pb.StreamStepsRequest | None] = SimpleQueue()
         with self._lock:
-            # Leases have died with the stream they came on.
+            # What waits for its turn is asked: the answers before it come on this stream.
             for step in self._pending:
                 step.lease = None
             outbox.put(
@@ -289,8 +305,9 @@ class OracleStream:
             # Ends the iterator of the broken stream, which blocks in a thread of grpc's.
             self._outbox.put(None)
             self._outbox = outbox
-        method = self._channel.stream_stream(
-            _SERVICE + "StreamSteps",
+        self._channels.rotate()
+        method = self._channels[0].stream_stream(
+            f"/{_SERVICE}/StreamSteps",
             request_serializer=pb.StreamStepsRequest.SerializeToString,
             response_deserializer=pb.StreamStepsResponse.FromString,
         )
@@ -299,11 +316,16 @@ class OracleStream:
 
     def _messages(self, outbox: SimpleQueue[pb.StreamStepsRequest | None]) -> Iterator[pb.StreamStepsRequest]:
         """grpc's own thread: what is to be sent, once a second with counts, which go alone where nothing else does."""
-        counted_at = time.monotonic()
+        opened_ns, counted_at = time.monotonic_ns(), time.monotonic()
         while True:
             try:
                 message = outbox.get(timeout=_COUNTS_EVERY_SECONDS)
             except Empty:
+                # A replica that hangs, or whose host is gone, is left for another while there is budget left; each gets
+                # twice as long, so that one that is slow is heard in the end.
+                here_ns, in_all_ns = (time.monotonic_ns() - max(self._unheard_since_ns, ns) for ns in (opened_ns, 0))
+                if self._unheard_since_ns and here_ns > max(self._config.budget_seconds * 1e9 / 3, in_all_ns / 2):
+                    self._call.cancel()
                 if not self._counts.steps:
                     continue
                 message = pb.StreamStepsRequest()
@@ -363,40 +385,61 @@ class OracleStream:
             self._call.cancel()
 
 
-def open_channel(config: ShimConfig) -> grpc.Channel:
-    """A channel to the oracle; connects lazily. A Unix socket speaks plaintext."""
-    if not config.tls_ca or config.target.startswith("unix:"):
-        return grpc.insecure_channel(config.target, options=_CHANNEL_OPTIONS)
-    names = (config.tls_ca, config.tls_key, config.tls_cert)
-    try:
-        credentials = grpc.ssl_channel_credentials(*(Path(name).read_bytes() if name else None for name in names))
-    except OSError as error:
-        raise ConfigurationError(f"STEP_ORACLE_TLS_CA, _KEY or _CERT: {error}") from None
-    return grpc.secure_channel(config.target, credentials, options=_CHANNEL_OPTIONS)
+def open_channels(config: ShimConfig) -> deque[grpc.Channel]:
+    """A channel to each replica that the target names, in an order of this engine's own. They connect lazily."""
+    targets = config.target.split(",")
+    return deque(_open_channel(config, target.strip()) for target in random.sample(targets, len(targets)))
 
 
-def call_unary(channel: grpc.Channel, config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
-    """One unary call that waits for the oracle up to the budget; raises grpc.RpcError.
+def call_unary(channels: deque[grpc.Channel], config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
+    """One unary call, to one replica after the other while they are UNAVAILABLE, up to the budget.
 
-    Not through the generated stubs: those of one grpcio release refuse to load under an older one.
+    Raises the last grpc.RpcError. Not through the generated stubs: those of one grpcio release refuse to load under an
+    older one.
     """
-    call = channel.unary_unary(
-        _SERVICE + method,
-        request_serializer=type(request).SerializeToString,
-        response_deserializer=response_type.FromString,
-    )
-    return call(request, timeout=config.budget_seconds, wait_for_ready=True, metadata=_metadata(config))
+    end = time.monotonic() + config.budget_seconds
+    while True:
+        channels.rotate()
+        call = channels[0].unary_unary(
+            f"/{_SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response_type.FromString,
+        )
+        try:
+            # The only replica is waited for; of several, the next one is as good.
+            return call(
+                request,
+                timeout=max(_BACKOFF_SECONDS[0], end - time.monotonic()),
+                wait_for_ready=len(channels) == 1,
+                metadata=_metadata(config),
+            )
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() >= end:
+                raise
+        time.sleep(_BACKOFF_SECONDS[0])
+
+
+def _open_channel(config: ShimConfig, target: str) -> grpc.Channel:
+    """A Unix socket speaks plaintext."""
+    if not config.tls_ca or target.startswith("unix:"):
+        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    files = [_read(config, name) for name in ("tls_ca", "tls_key", "tls_cert")]
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(*files), options=_CHANNEL_OPTIONS)
 
 
 def _metadata(config: ShimConfig) -> tuple[tuple[str, str | bytes], ...]:
-    """The tenant's token; the file is read at each stream so that a rotated token takes effect."""
-    if not config.token_file:
-        return ()
+    """The tenant's token; the file is read at each call so that a rotated token takes effect."""
+    token = _read(config, "token_file")
+    return () if token is None else (("authorization", f"Bearer {token.decode(errors='replace').strip()}"),)
+
+
+def _read(config: ShimConfig, name: str) -> bytes | None:
+    """The file that the variable names; None where it names none."""
+    path = getattr(config, name)
     try:
-        token = Path(config.token_file).read_text().strip()
+        return Path(path).read_bytes() if path else None
     except OSError as error:
-        raise ConfigurationError(f"STEP_ORACLE_TOKEN_FILE {config.token_file}: {error.strerror}") from None
-    return (("authorization", f"Bearer {token}"),)
+        raise ConfigurationError(f"STEP_ORACLE_{name.upper()} {path}: {error.strerror}") from None
 
 
 def _fresh_counts() -> pb.ShimCounts:

@@ -43,11 +43,20 @@ def serve(
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT on loopback for Prometheus, or off.")] = None,
     no_leases: Annotated[bool, typer.Option("--no-leases", help="Answer every step; leave no engine a piece.")] = False,
     shards: Annotated[int | None, typer.Option(help="Processes that answer steps at the same address.")] = None,
+    max_stream_age: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Engines open their streams anew after so long; 0: never.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file: TCP addresses speak TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file: the certificate's key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: clients need a certificate it signed.")] = None,
     operator_token_file: Annotated[
         Path | None, typer.Option(help="The operator's token: every call needs a credential.")
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="File of a PostgreSQL URL: the state of a fleet of servers.")
+    ] = None,
+    pack_folder: Annotated[
+        Path | None, typer.Option(help="With --database: the folder all its servers have mounted, for packs.")
     ] = None,
 ) -> None:
     """Run the oracle server until SIGTERM."""
@@ -61,10 +70,13 @@ def serve(
             state_dir=state_dir,
             leases=not no_leases,
             shards=shards,
+            max_stream_age_seconds=max_stream_age,
             tls_cert=tls_cert,
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,
             operator_token_file=operator_token_file,
+            database=database,
+            pack_folder=pack_folder,
         )
         from oracle_server.server import serve as run
 
@@ -76,6 +88,9 @@ def serve(
 def recompute(
     traces: Annotated[list[Path], typer.Argument(help="Step traces of shims (STEP_ORACLE_TRACE).")],
     state_dir: Annotated[Path | None, typer.Option(help="The server's folder: every generation is recomputed.")] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="With --state-dir: the file of the database's URL, where the fleet has one.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="A running server: only steps of the current generation are recomputed.")
     ] = None,
@@ -92,7 +107,7 @@ def recompute(
             with connect(target) as client:
                 report = recompute_at(client, traces)
         elif state_dir is not None:
-            report = recompute_from(state_dir, traces)
+            report = recompute_from(state_dir, traces, database)
     if json_output:
         print_json(report.as_dict())
     else:

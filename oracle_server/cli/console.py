@@ -24,7 +24,12 @@ USAGE = 2
 UNREACHABLE = 3
 
 Target = Annotated[
-    str, typer.Option(envvar="STEP_ORACLE_TARGET", help="The server: HOST:PORT or unix:/path.", show_default=True)
+    str,
+    typer.Option(
+        envvar="STEP_ORACLE_TARGET",
+        help="HOST:PORT or unix:/path; several replicas with commas.",
+        show_default=True,
+    ),
 ]
 Tenant = Annotated[str, typer.Option(help="The tenant's id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

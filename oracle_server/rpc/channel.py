@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from oracle_server.errors import InvalidArgument
 
@@ -26,6 +29,22 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+_SERVICE = "step_oracle.v1.OracleService"
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+# Of several replicas, calls go to those that are connected and say that they serve.
+_SPREAD = (
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "loadBalancingConfig": [{"round_robin": {}}],
+                "healthCheckConfig": {"serviceName": _SERVICE},
+            }
+        ),
+    ),
+)
+# How long a client looks for a replica that serves.
+_CHOICE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +76,59 @@ def read_access(environ: Mapping[str, str]) -> Access:
 
 
 def open_channel(target: str, access: Access) -> grpc.Channel:
-    """Connects lazily. A Unix socket speaks plaintext. InvalidArgument where a file of `access` cannot be read."""
+    """Connects lazily; of several replicas, with commas between them, to the first that says it serves.
+
+    InvalidArgument where a file of `access` cannot be read, or the target names nothing.
+    """
+    targets = split_targets(target)
+    if len(targets) == 1:
+        return _open(target, access, _SPREAD if target.startswith("dns:") else ())
+    return _first_to_serve([_open(one, access, _SPREAD) for one in targets])
+
+
+def split_targets(target: str) -> tuple[str, ...]:
+    """The targets of all replicas; InvalidArgument where one of them is empty."""
+    targets = tuple(map(str.strip, target.split(",")))
+    if not all(targets):
+        raise InvalidArgument(
+            f"the target is {target!r}; give HOST:PORT or unix:/path of the server, or of each of its replicas with "
+            "commas between them",
+            field="target",
+        )
+    return targets
+
+
+def _first_to_serve(channels: Sequence[grpc.Channel]) -> grpc.Channel:
+    """The first in time; where none does, the first in order, whose calls then say why."""
+    answers: SimpleQueue[grpc.Channel | None] = SimpleQueue()
+    request = health_pb2.HealthCheckRequest(service=_SERVICE)
+    for channel in channels:
+
+        def note(call: Any, channel: grpc.Channel = channel) -> None:
+            serves = call.code() is grpc.StatusCode.OK and call.result().status == _SERVING
+            answers.put(channel if serves else None)
+
+        check: Any = health_pb2_grpc.HealthStub(channel).Check
+        check.future(request, timeout=_CHOICE_SECONDS, wait_for_ready=True).add_done_callback(note)
+    chosen = next((channel for channel in (answers.get() for _ in channels) if channel is not None), channels[0])
+    for channel in channels:
+        if channel is not chosen:
+            channel.close()
+    return chosen
+
+
+def _open(target: str, access: Access, more: Sequence[tuple[str, str]]) -> grpc.Channel:
+    """A Unix socket speaks plaintext."""
+    options = (*_OPTIONS, *more)
     if access.tls_ca and not target.startswith("unix:"):
         credentials = grpc.ssl_channel_credentials(
             _read(access.tls_ca, TLS_CA),
             _read(access.tls_key, TLS_KEY) if access.tls_key else None,
             _read(access.tls_cert, TLS_CERT) if access.tls_cert else None,
         )
-        channel = grpc.secure_channel(target, credentials, _OPTIONS)
+        channel = grpc.secure_channel(target, credentials, options)
     else:
-        channel = grpc.insecure_channel(target, _OPTIONS)
+        channel = grpc.insecure_channel(target, options)
     return grpc.intercept_channel(channel, _Bearer(access.token_file)) if access.token_file else channel
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import grpc
 
-from oracle_server.errors import InvalidArgument, OracleError
+from oracle_server.errors import InvalidArgument, NotFound, OracleError
 from oracle_server.rpc import wire
 from oracle_server.rpc.metrics import Metrics
 from oracle_server.rpc.status import unary
 from oracle_server.rpc.step_stream import Events, StepStream
+from oracle_server.state.experiments import not_here_yet
 from oracle_server.state.node import Node
 from step_oracle.v1 import oracle_service_pb2 as pb
 from step_oracle.v1 import oracle_service_pb2_grpc
@@ -27,11 +28,14 @@ _KV_SOURCES = {
 class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
     """Answers steps. Event loop only."""
 
-    def __init__(self, node: Node, metrics: Metrics, events: Events, *, leases: bool = True) -> None:
+    def __init__(
+        self, node: Node, metrics: Metrics, events: Events, *, leases: bool = True, max_stream_age_seconds: float = 0.0
+    ) -> None:
         self.node = node
         self.metrics = metrics
         self._events = events
         self._leases = leases
+        self._max_stream_age_seconds = max_stream_age_seconds
 
     @unary
     async def GetDevice(self, request: pb.GetDeviceRequest, context: Any) -> pb.GetDeviceResponse:
@@ -58,13 +62,14 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
     async def AttachEngine(self, request: pb.AttachEngineRequest, context: Any) -> pb.AttachEngineResponse:
         """Lets an engine core in."""
         identity = wire.read_identity(request.engine)
-        await self.node.tenant_of(identity.experiment)
         facts = wire.read_facts(request.config)
         try:
+            await self.node.tenant_of(identity.experiment)
             attached = await self.node.attachments.attach(
                 identity, facts, request.device_generation, frozenset(request.allow_mismatch)
             )
-        except OracleError as error:
+        except OracleError as refusal:
+            error = not_here_yet(refusal, request.device_generation)
             self._events.info(
                 "refused",
                 experiment=identity.experiment,
@@ -72,7 +77,7 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
                 reason=error.reason,
                 why=error.message,
             )
-            raise
+            raise error from None
         self.metrics.attached += 1
         self._events.info(
             "attached",
@@ -96,18 +101,30 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
 
     async def StreamSteps(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One engine's steps. The handler reads and writes the context itself: a push has to share the writer."""
-        await StepStream(self.node, self.metrics, self._events, context, leases=self._leases).run()
+        stream = StepStream(
+            self.node,
+            self.metrics,
+            self._events,
+            context,
+            leases=self._leases,
+            max_age_seconds=self._max_stream_age_seconds,
+        )
+        await stream.run()
 
     @unary
     async def SampleStep(self, request: pb.SampleStepRequest, context: Any) -> pb.SampleStepResponse:
         """Answers steps without a stream."""
         identity = wire.read_identity(request.engine)
-        await self.node.tenant_of(identity.experiment)
+        try:
+            await self.node.tenant_of(identity.experiment)
+            live = self.node.experiments.find(identity.experiment)
+        except NotFound as error:
+            raise not_here_yet(error, request.min_generation) from None
         if len(request.steps) > MAX_SAMPLE_STEPS:
             raise InvalidArgument(f"{len(request.steps)} steps; allowed in one call: {MAX_SAMPLE_STEPS}", field="steps")
-        live = self.node.experiments.find(identity.experiment)
+        if live.snapshot.generation < request.min_generation:
+            await self.node.catch_up(live, request.min_generation)
         snapshot = live.snapshot
-        snapshot.check_generation(request.min_generation)
         plan = snapshot.plan(identity)
         steps_by_support = self.metrics.steps_of(live.tenant)
         response = pb.SampleStepResponse()

@@ -8,13 +8,14 @@ its lock.
 from __future__ import annotations
 
 import asyncio
+import random
 from time import perf_counter_ns
 from typing import Any, Protocol
 
 import grpc
 from grpc.aio import EOF  # type: ignore[attr-defined]
 
-from oracle_server.errors import InvalidArgument, OracleError
+from oracle_server.errors import InvalidArgument, NotFound, OracleError
 from oracle_server.rpc import spans, wire
 from oracle_server.rpc.leases import Leases
 from oracle_server.rpc.metrics import Metrics
@@ -23,7 +24,7 @@ from oracle_server.rpc.status import abort, internal
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
 from oracle_server.sampling.shape import StepQuery
 from oracle_server.state.engines import EngineRecord
-from oracle_server.state.experiments import LiveExperiment
+from oracle_server.state.experiments import LiveExperiment, not_here_yet
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.node import Node
 from oracle_server.state.snapshot import EnginePlan, StepAnswer
@@ -31,6 +32,9 @@ from step_oracle.v1 import oracle_service_pb2 as pb
 
 BREAK_SECONDS = 0.005
 CLOSED = "closed by the engine"
+AGED = "old"
+# How much the ages of streams differ: those that were opened together do not end together.
+_AGE_SPREAD = 0.2
 
 
 class Events(Protocol):
@@ -51,7 +55,9 @@ class StepStream:
         context: grpc.aio.ServicerContext[Any, Any],
         *,
         leases: bool,
+        max_age_seconds: float = 0.0,
     ) -> None:
+        """`max_age_seconds` 0: the stream lasts as long as its engine wants."""
         self._node = node
         self._metrics = metrics
         self._events = events
@@ -60,6 +66,8 @@ class StepStream:
         # The handler's task, only while it waits for the engine's next message.
         self._reading: asyncio.Task[Any] | None = None
         self._ending: OracleError | None = None
+        self._max_age_seconds = max_age_seconds
+        self._aged = False
         self._plan: EnginePlan | None = None
         # The engine's steps beside those of the generation's shadow pack, where it has one.
         self._shadowing: Shadowing | None = None
@@ -105,6 +113,12 @@ class StepStream:
         if self._reading is not None:
             self._reading.cancel()
 
+    def _retire(self) -> None:
+        """End the stream between two messages, without an error: its engine opens another, here or at a replica."""
+        self._aged = True
+        if self._reading is not None:
+            self._reading.cancel()
+
     async def _serve(self) -> None:
         first = await self._read()
         if first is EOF:
@@ -116,16 +130,10 @@ class StepStream:
         if not first.open.leases:
             self._leases = None
         identity = wire.read_identity(first.open.engine)
-        await self._node.tenant_of(identity.experiment)
-        live, record = await self._node.attachments.open_stream(
-            identity,
-            wire.read_facts(first.open.config),
-            first.open.incarnation,
-            frozenset(first.open.allow_mismatch),
-            self,
-        )
+        live, record = await self._open(first, identity)
         self._steps_by_support = self._metrics.steps_of(live.tenant)
         why = "cancelled"
+        aging = self._age()
         try:
             opened = pb.StreamOpened(incarnation=record.incarnation, generation=live.snapshot.generation)
             await self._answer(first, live, record, identity, pb.StreamStepsResponse(opened=opened))
@@ -133,7 +141,12 @@ class StepStream:
             while (request := await self._read()) is not EOF:
                 if request.HasField("open"):
                     raise InvalidArgument("`open` belongs to the first message of a stream only", field="open")
+                if live.snapshot.generation < request.min_generation:
+                    await self._node.catch_up(live, request.min_generation)
                 await self._answer(request, live, record, identity, pb.StreamStepsResponse())
+            if self._aged:
+                why = AGED
+                return
             # A broken connection reads as the end too (grpcio 1.85); its cancellation follows with the next turns.
             await asyncio.sleep(BREAK_SECONDS)
             why = CLOSED
@@ -141,24 +154,56 @@ class StepStream:
             why = error.reason
             raise
         finally:
+            if aging is not None:
+                aging.cancel()
             await self._node.attachments.close_stream(record, self, by_engine=why == CLOSED)
-            self._events.info(
-                "stream closed", experiment=live.name, engine=identity.engine_id, why=why, steps=record.counts.steps
+            # Old ones end all the time.
+            if why != AGED:
+                self._events.info(
+                    "stream closed", experiment=live.name, engine=identity.engine_id, why=why, steps=record.counts.steps
+                )
+
+    def _age(self) -> asyncio.TimerHandle | None:
+        if not self._max_age_seconds:
+            return None
+        spread = random.uniform(1 - _AGE_SPREAD, 1 + _AGE_SPREAD)  # noqa: S311
+        return asyncio.get_running_loop().call_later(self._max_age_seconds * spread, self._retire)
+
+    async def _open(
+        self, first: pb.StreamStepsRequest, identity: EngineIdentity
+    ) -> tuple[LiveExperiment, EngineRecord]:
+        """Its experiment and its record. What this server may not know yet is no reason to end an engine."""
+        seen = first.min_generation
+        try:
+            await self._node.tenant_of(identity.experiment)
+            # Before anything is compared with the engine: the rules and packs of an older generation do not bind it.
+            await self._node.catch_up(self._node.experiments.find(identity.experiment), seen)
+            return await self._node.attachments.open_stream(
+                identity,
+                wire.read_facts(first.open.config),
+                first.open.incarnation,
+                frozenset(first.open.allow_mismatch),
+                self,
             )
+        except NotFound as error:
+            raise not_here_yet(error, seen) from None
 
     async def _read(self) -> Any:
+        """The engine's next message; EOF where it closes its side, or where the stream is old."""
         self._raise_ending()
+        if self._aged:
+            return EOF
         task = self._reading = asyncio.current_task()
         try:
             return await self._context.read()
         except asyncio.CancelledError:
-            if self._ending is None or task is None:
+            if (self._ending is None and not self._aged) or task is None:
                 raise
             task.uncancel()
         finally:
             self._reading = None
         self._raise_ending()
-        raise AssertionError("only an ending cancels a read")
+        return EOF
 
     def _raise_ending(self) -> None:
         if self._ending is not None:

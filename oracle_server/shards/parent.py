@@ -19,12 +19,22 @@ from oracle_server.rpc.metrics import Metrics, total_steps
 from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
-from oracle_server.server import METHODS, add_services, address_of, bind, guard, options, serve_metrics, started
+from oracle_server.server import (
+    METHODS,
+    add_services,
+    address_of,
+    bind,
+    guard,
+    options,
+    serve_metrics,
+    shared_state,
+    started,
+)
 from oracle_server.service_manager import tell_ready, tell_stopping
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import SERVICE, handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
-from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, ShardTask
+from oracle_server.shards.messages import CATCH_UP, CLOSE_STREAM, FIND_EXPERIMENT, OPEN_STREAM, ShardTask
 from oracle_server.shards.pool import ShardPool
 from oracle_server.shards.streams import ShardStreams
 from oracle_server.state.node import Node
@@ -56,6 +66,7 @@ async def serve_sharded(config: ServerConfig) -> int:
             listen,
             state_dir,
             config.leases,
+            config.max_stream_age_seconds,
             f"unix:{socket}",
             f"unix:{_of_shard(socket, shard)}",
             config.tls,
@@ -70,7 +81,7 @@ async def serve_sharded(config: ServerConfig) -> int:
         return total
 
     pool = ShardPool(config.shards, task_of, events, metrics)
-    node = Node(config.state_dir, followers=pool)
+    node = Node(config.state_dir, followers=pool, **shared_state(config))
     streams = ShardStreams(node)
     spans = open_spans(os.environ, events)
     traced = () if spans is None else spans.interceptors(METHODS)
@@ -78,7 +89,16 @@ async def serve_sharded(config: ServerConfig) -> int:
     server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
     add_services(server, node, metrics, events, leases=config.leases)
     server.add_generic_rpc_handlers(
-        (handler_of([(OPEN_STREAM, streams.open), (CLOSE_STREAM, streams.close), (FIND_TENANT, streams.find_tenant)]),)
+        (
+            handler_of(
+                [
+                    (OPEN_STREAM, streams.open),
+                    (CLOSE_STREAM, streams.close),
+                    (FIND_EXPERIMENT, streams.find_experiment),
+                    (CATCH_UP, streams.catch_up),
+                ]
+            ),
+        )
     )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

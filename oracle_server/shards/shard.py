@@ -82,10 +82,17 @@ class Shard:
         # What is forwarded has its span at the parent, which also asks itself who calls.
         traced = () if self._spans is None else self._spans.interceptors(OWN_METHODS)
         gates = (Gate(self._mirror.credentials, self._metrics, only=OWN_METHODS),) if task.gated else ()
-        self._server = grpc.aio.server(interceptors=(*traced, *gates), options=options(shared_port=True))
+        own = options(shared_port=True, max_stream_age_seconds=task.max_stream_age_seconds)
+        self._server = grpc.aio.server(interceptors=(*traced, *gates), options=own)
         self._server.add_generic_rpc_handlers((Forwarding(task.parent, SERVICES, OWN_METHODS),))
         # AttachEngine, the one method that needs more of a node than a mirror has, is forwarded.
-        oracle = OracleService(cast(Node, self._mirror), self._metrics, self._events, leases=task.leases)
+        oracle = OracleService(
+            cast(Node, self._mirror),
+            self._metrics,
+            self._events,
+            leases=task.leases,
+            max_stream_age_seconds=task.max_stream_age_seconds,
+        )
         oracle_service_pb2_grpc.add_OracleServiceServicer_to_server(oracle, self._server)
         add_health(self._server, self._health)
         control = grpc.aio.server(options=SERVER_OPTIONS)

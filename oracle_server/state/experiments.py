@@ -19,8 +19,10 @@ from oracle_server.errors import (
     GenerationConflict,
     GenerationNotFound,
     InvalidArgument,
+    OracleError,
     PackNotFound,
     QuotaExceeded,
+    StaleGeneration,
     TenantNotFound,
 )
 from oracle_server.state import binding as bindings
@@ -28,13 +30,14 @@ from oracle_server.state import names
 from oracle_server.state.binding import Binding
 from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineRecord, check_activation
-from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.pack_cache import PackCache
 from oracle_server.state.records import Records
 from oracle_server.state.shadow import Comparison, ShadowBook, summed
 from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
 
 WATCH_BATCH = 100
+TENANTS_BATCH = 1000
 
 
 class LiveExperiment:
@@ -49,6 +52,7 @@ class LiveExperiment:
         "experiment",
         "name",
         "rated_steps",
+        "sampled_elsewhere",
         "sampled_steps",
         "shadows",
         "snapshot",
@@ -67,8 +71,9 @@ class LiveExperiment:
         # What this process compared; other processes have their own.
         self.shadows = ShadowBook()
         self.deleted = False
-        # Steps answered by SampleStep, and how many there were at the last look at the tenant's rate.
-        self.sampled_steps = self.rated_steps = 0
+        # Steps answered by SampleStep, here and at other servers of the fleet, and how many there were at the last look
+        # at the tenant's rate.
+        self.sampled_steps = self.sampled_elsewhere = self.rated_steps = 0
         # Open WatchExperiment calls.
         self.watches = 0
         # Replaced at every change; whoever waits takes the event first and looks at the state after.
@@ -148,31 +153,74 @@ class Experiments:
     def __init__(
         self,
         records: Records,
-        files: PackFiles,
+        packs: PackCache,
         *,
         monotonic: Callable[[], float],
         now_ns: Callable[[], int],
         followers: Followers,
     ) -> None:
         self._records = records
-        self._files = files
+        self._packs = packs
         self._followers = followers
         self._monotonic = monotonic
         self._now_ns = now_ns
         self._live: dict[str, LiveExperiment] = {}
+        self._tenants: dict[str, TenantRow] = {}
+        # Generations another server of the fleet has made current and whose packs cannot be had here, by name.
+        self.behind: dict[str, ExperimentRow] = {}
         self._draining = False
 
     async def load(self) -> None:
-        """Bring the stored experiments into memory, their packs mapped and their kernels compiled."""
+        """Bring tenants and stored experiments into memory, their packs mapped and their kernels compiled."""
+        after = ""
+        while rows := await self._records.call(self._records.store.tenants, after, TENANTS_BATCH):
+            self._tenants |= {row.tenant: row for row in rows}
+            after = rows[-1].tenant
         for row in await self._records.call(self._records.store.experiments):
-            snapshot = await self._open(row.tenant, row.experiment, row.current)
-            live = LiveExperiment(row, snapshot)
-            self._live[live.name] = live
+            try:
+                self.take(row, await self.open_row(row))
+            except OracleError:
+                if self._packs.remote is None:
+                    raise
+                # Its packs may come later: the other experiments are answered meanwhile.
+                self.behind[names.experiment_name(row.tenant, row.experiment)] = row
+
+    async def open_row(self, row: ExperimentRow) -> Snapshot:
+        """What answers from a stored generation; the OracleError of a pack that cannot be had."""
+        name = names.experiment_name(row.tenant, row.experiment)
+        loaded = {digest: await self.load_pack(digest) for digest in row.current.binding.digests()}
+        return Snapshot(name, row.current.generation, row.current.binding, loaded)
+
+    def take(self, row: ExperimentRow, snapshot: Snapshot) -> None:
+        """Answer from a stored generation. Its engines have been asked about by whoever made it current."""
+        live = self._live.get(snapshot.experiment)
+        if live is None:
+            self._live[snapshot.experiment] = LiveExperiment(row, snapshot)
+        else:
+            live.create_time_ns = row.create_time_ns
+            live.flip(row.current, snapshot)
+
+    def drop(self, name: str) -> None:
+        """Answer for an experiment no more that has been deleted."""
+        live = self._live.pop(name, None)
+        if live is not None:
+            live.deleted = True
+            live.wake()
+
+    async def load_pack(self, digest: str) -> LoadedPack:
+        """A stored pack, mapped and warm, from wherever it lies; StoreFailed, Unavailable, PackInvalid."""
+        return await self._packs.load(digest)
+
+    def get(self, name: str) -> LiveExperiment | None:
+        """The experiment of that resource name, if it is here."""
+        return self._live.get(name)
 
     def find(self, name: str) -> LiveExperiment:
-        """The experiment of that resource name; ExperimentNotFound."""
+        """The experiment of that resource name; ExperimentNotFound, StaleGeneration where its packs are not here."""
         live = self._live.get(name)
         if live is None:
+            if name in self.behind:
+                raise StaleGeneration(f"this server has not got the packs of {name} yet; retry, here or elsewhere")
             raise not_found(name)
         return live
 
@@ -188,15 +236,27 @@ class Experiments:
         )
         return mine[:limit]
 
-    def naming(self, tenant: str, digest: str) -> list[LiveExperiment]:
-        """Experiments of a tenant whose current binding names the pack."""
-        return [
-            live for live in self._live.values() if live.tenant == tenant and digest in live.current.binding.digests()
-        ]
+    def naming(self, tenant: str, digest: str) -> list[str]:
+        """Names of a tenant's experiments whose current binding names the pack."""
+        current = {name: (live.tenant, live.current.binding) for name, live in self._live.items()}
+        current |= {name: (row.tenant, row.current.binding) for name, row in self.behind.items()}
+        return [name for name, (owner, binding) in current.items() if owner == tenant and digest in binding.digests()]
 
-    async def tenant(self, tenant: str) -> TenantRow:
+    def know_tenant(self, row: TenantRow) -> None:
+        """A tenant as it is in the database."""
+        self._tenants[row.tenant] = row
+
+    def forget_tenant(self, tenant: str) -> None:
+        """A tenant that has been deleted."""
+        self._tenants.pop(tenant, None)
+
+    def knows_tenant(self, tenant: str) -> bool:
+        """Whether there is such a tenant, as far as this server knows."""
+        return tenant in self._tenants
+
+    def tenant(self, tenant: str) -> TenantRow:
         """The tenant's row; TenantNotFound."""
-        row = await self._records.call(self._records.store.tenant, tenant)
+        row = self._tenants.get(tenant)
         if row is None:
             raise TenantNotFound(
                 f"there is no tenant {names.tenant_name(tenant)}; `step-oracle tenant list` shows them"
@@ -210,7 +270,7 @@ class Experiments:
         names.check_experiment_id(experiment, "experiment_id")
         names.check_comment(author.comment, "comment")
         bindings.check(binding)
-        await self.tenant(tenant)
+        self.tenant(tenant)
         loaded = await self._load_packs(tenant, binding)
         return await self._records.change(self._create(tenant, experiment, binding, loaded, author))
 
@@ -264,7 +324,7 @@ class Experiments:
     async def watch(self, name: str, after_generation: int) -> AsyncIterator[tuple[LiveExperiment, GenerationRow]]:
         """The present generation, unless it is `after_generation`, then each new one."""
         live = self.find(name)
-        await self.check_streams(live.tenant)
+        self.check_streams(live.tenant)
         live.watches += 1
         try:
             async for watched in self._watch(live, after_generation):
@@ -272,9 +332,9 @@ class Experiments:
         finally:
             live.watches -= 1
 
-    async def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
+    def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
         """QuotaExceeded unless the tenant may open one more stream; that of the engine `instead_of` does not count."""
-        limit = (await self.tenant(tenant)).max_streams
+        limit = self.tenant(tenant).max_streams
         mine = [live for live in self._live.values() if live.tenant == tenant]
         engines = sum(e.stream is not None and e is not instead_of for live in mine for e in live.engines.values())
         watches = sum(live.watches for live in mine)
@@ -329,7 +389,7 @@ class Experiments:
 
     async def join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
         """Let a follower begin: it gets every experiment as it is now, and nothing changes until it has."""
-        await self._records.change(self._join(join))
+        await self._records.change(self._join(join), in_turn=False)
 
     def drain(self) -> None:
         """End every watch and every open stream with Draining."""
@@ -346,7 +406,7 @@ class Experiments:
         self, tenant: str, experiment: str, binding: Binding, loaded: dict[str, LoadedPack], author: Author
     ) -> LiveExperiment:
         name = names.experiment_name(tenant, experiment)
-        await self.tenant(tenant)
+        self.tenant(tenant)
         if name in self._live:
             raise ExperimentExists(
                 f"the experiment {name} exists; `step-oracle experiment activate` changes what it answers"
@@ -396,9 +456,7 @@ class Experiments:
             raise ExperimentInUse(f"{attached} engines are attached to {name}; stop them first")
         await self._records.call(self._records.store.delete_experiment, live.tenant, live.experiment)
         await self._followers.forget(name)
-        del self._live[name]
-        live.deleted = True
-        live.wake()
+        self.drop(name)
 
     async def _join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
         await join(
@@ -408,14 +466,9 @@ class Experiments:
             ]
         )
 
-    async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
-        loaded = await self._load_packs(tenant, record.binding)
-        name = names.experiment_name(tenant, experiment)
-        return Snapshot(name, record.generation, record.binding, loaded)
-
     async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
         await self._check_packs(tenant, binding)
-        loaded = {digest: await asyncio.to_thread(self._files.load, digest) for digest in binding.digests()}
+        loaded = {digest: await self.load_pack(digest) for digest in binding.digests()}
         for digest, pack in loaded.items():
             stages = pack.manifest.parallel.pipeline
             if stages > 1:
@@ -438,6 +491,20 @@ class Experiments:
 def not_found(name: str) -> ExperimentNotFound:
     """The refusal of a name nobody has."""
     return ExperimentNotFound(f"there is no experiment {name}; `step-oracle experiment list` shows them")
+
+
+def not_here_yet(error: OracleError, seen_generation: int) -> OracleError:
+    """The refusal of an engine that has seen a generation of what is not found.
+
+    This server is behind a replica, or the experiment has been deleted: the engine tries again, here and elsewhere,
+    and its own budget decides. Any other error, or one of an engine that has seen none, stays what it is.
+    """
+    if not seen_generation or not isinstance(error, ExperimentNotFound | TenantNotFound):
+        return error
+    return StaleGeneration(
+        f"{error.message}; the engine has seen its generation {seen_generation}: this server is behind, or the "
+        "experiment has been deleted; retry, here or elsewhere"
+    )
 
 
 def _check_expected(live: LiveExperiment, expected_generation: int) -> None:

@@ -36,7 +36,10 @@ class PackFiles:
         self._loaded: weakref.WeakValueDictionary[str, LoadedPack] = weakref.WeakValueDictionary()
 
     def prepare(self, digests: set[str]) -> list[str]:
-        """Remove what a crash left, compile what is not compiled or of an older layout; the digests compiled anew."""
+        """Remove what a crash left, compile what is not compiled or of an older layout; the digests compiled anew.
+
+        `digests`: those of the database, as far as they should lie here.
+        """
         for folder in (self._packs, self._compiled, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
         kept = {folder_of(digest) for digest in digests}
@@ -74,6 +77,30 @@ class PackFiles:
             _sync(self._packs)
             _sync(self._compiled)
         return report
+
+    def has(self, digest: str) -> bool:
+        """Whether the pack lies here, compiled."""
+        return (self._compiled / folder_of(digest)).is_dir() and self.place(digest).is_dir()
+
+    def place(self, digest: str) -> Path:
+        """The folder of its files."""
+        return self._packs / folder_of(digest)
+
+    def arriving(self) -> Path:
+        """An empty folder for a pack that comes from elsewhere than a client."""
+        with _disk_failures():
+            directory = self._incoming / uuid.uuid4().hex
+            directory.mkdir()
+        return directory
+
+    def take(self, digest: str, directory: Path) -> None:
+        """Check a pack that has arrived in a folder as that of an upload, and keep it; PackInvalid, StoreFailed."""
+        with _disk_failures():
+            manifest_bytes = (directory / "manifest.json").read_bytes()
+        found = packs.digest_of(manifest_bytes)
+        if found != digest:
+            raise PackInvalid(f"the pack {found} came where {digest} was asked for", where="manifest.json")
+        self.keep(Upload(directory, packs.parse_manifest(manifest_bytes), digest, manifest_bytes))
 
     def load(self, digest: str) -> LoadedPack:
         """The pack mapped and warm; the same object while anybody holds it."""

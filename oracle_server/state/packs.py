@@ -10,6 +10,7 @@ from typing import TypeVar
 from oracle_server.errors import PackInUse, PackNotFound, QuotaExceeded
 from oracle_server.state import names
 from oracle_server.state.experiments import Experiments
+from oracle_server.state.pack_cache import PackCache
 from oracle_server.state.pack_files import PackFiles, Upload
 from oracle_server.state.records import Records
 from oracle_server.state.store import PackRow
@@ -24,11 +25,18 @@ class Packs:
     """Uploads, lists and deletes. Event loop only; disk work runs in threads, parsing in a child process."""
 
     def __init__(
-        self, experiments: Experiments, records: Records, files: PackFiles, *, now_ns: Callable[[], int]
+        self,
+        experiments: Experiments,
+        records: Records,
+        files: PackFiles,
+        cache: PackCache,
+        *,
+        now_ns: Callable[[], int],
     ) -> None:
         self._experiments = experiments
         self._records = records
         self._files = files
+        self._cache = cache
         self._now_ns = now_ns
         self._uploads = 0
         # One checking child at a time: its memory limit is then the limit of all uploads together.
@@ -76,6 +84,7 @@ class Packs:
     async def read(self, tenant: str, digest: str) -> AsyncIterator[tuple[str, bytes]]:
         """(file name, bytes) of the pack, manifest first."""
         await self.get(tenant, digest)
+        await self._cache.ensure(digest)
         chunks = self._files.read(digest)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
@@ -95,6 +104,8 @@ class Packs:
             # Bytes another tenant has stored are checked again all the same: knowing a manifest is not having the pack.
             work = self._files.check if check_only or stored else self._files.keep
             report = await asyncio.to_thread(work, upload)
+            if not check_only and not stored:
+                await self._cache.push(upload.digest)
             if not check_only:
                 await self._records.change(self._add(row, upload, stored))
         return row, tuple(report.warnings), False
@@ -104,10 +115,13 @@ class Packs:
         if stored and row.digest not in await self._records.call(self._records.store.digests):
             # The tenant that had it has deleted it meanwhile, and its files with it.
             await asyncio.to_thread(self._files.keep, upload)
+        # Again: another server of the fleet may have deleted it meanwhile. Nothing is sent where it lies already.
+        if not stored or self._files.has(row.digest):
+            await self._cache.push(row.digest)
         await self._records.call(self._records.store.add_pack, row)
 
     async def _check_quota(self, tenant: str, size_bytes: int) -> None:
-        limits = await self._experiments.tenant(tenant)
+        limits = self._experiments.tenant(tenant)
         count, total = await self._records.call(self._records.store.pack_totals, tenant)
         if limits.max_packs and count >= limits.max_packs:
             raise QuotaExceeded(
@@ -123,10 +137,9 @@ class Packs:
         await self.get(tenant, digest)
         users = self._experiments.naming(tenant, digest)
         if users:
-            raise PackInUse(
-                f"{digest} answers for {', '.join(live.name for live in users[:5])}; activate another pack there first"
-            )
+            raise PackInUse(f"{digest} answers for {', '.join(users[:5])}; activate another pack there first")
         if await self._records.call(self._records.store.delete_pack, tenant, digest):
+            await self._cache.delete(digest)
             await asyncio.to_thread(self._files.remove, digest)
 
 

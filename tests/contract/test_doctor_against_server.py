@@ -49,6 +49,19 @@ def test_a_server_with_the_experiment_is_described(
     assert found["device"]["message"].startswith("Test Device, 80 GiB, pack sha256:")
 
 
+def test_each_replica_is_looked_at_and_one_that_serves_is_enough_for_the_rest(
+    server: OracleProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STEP_ORACLE_TARGET", f"unix:{tmp_path}/nobody,{server.target}")
+    monkeypatch.setenv("STEP_ORACLE_EXPERIMENT", "tenants/default/experiments/there")
+    doctor.main(["--json"])
+
+    found = [(one["check"], one["status"]) for one in json.loads(capsys.readouterr().out)["findings"]]
+
+    assert [status for check, status in found if check == "oracle"] == ["problem", "ok"]
+    assert ("device", "ok") in found
+
+
 def test_a_missing_experiment_is_a_problem(
     server: OracleProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, tenant_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import OracleLost
-from vllm_shim.stream import OracleStream, open_channel
+from vllm_shim.stream import OracleStream, open_channels
 
 Dirs = dict[str, Path]
 EXPERIMENT = "tenants/acme/experiments/default"
@@ -51,7 +51,7 @@ class Fleet:
             config = ShimConfig.from_environment(variables, [])
             with server.calls(token) as calls:
                 opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=calls.attach(engine).incarnation)
-            self._streams.append(OracleStream(config, open_channel(config), opening))
+            self._streams.append(OracleStream(config, open_channels(config), opening))
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(ENGINES)]
 
     def __enter__(self) -> Fleet:

@@ -124,7 +124,7 @@ def test_a_stopped_shard_does_not_outlive_its_parent(new_server: Callable[..., O
 
 def test_a_shard_whose_parent_is_another_process_ends(tmp_path: Path) -> None:
     """Its parent died before the shard could ask to end with it."""
-    task = ShardTask(0, 1, 1, (), str(tmp_path), True, f"unix:{tmp_path}/p", f"unix:{tmp_path}/p.0", None, False)
+    task = ShardTask(0, 1, 1, (), str(tmp_path), True, 0.0, f"unix:{tmp_path}/p", f"unix:{tmp_path}/p.0", None, False)
     command = [sys.executable, "-m", "oracle_server.shards", msgspec.json.encode(task).decode()]
     done = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, timeout=60)
     assert done.returncode == 0

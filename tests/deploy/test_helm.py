@@ -178,10 +178,11 @@ def test_metrics_go_through_the_proxy_alone() -> None:
 @pytest.mark.parametrize("values", EXAMPLES)
 def test_the_server_takes_its_settings(values: str) -> None:
     """Those of this process's table; which addresses TLS opens is its own rule."""
-    ours = ("METRICS", "STATE_DIR", "DRAIN_SECONDS", "SHARDS", "LEASES")
-    given = variables(chart_manifests(values, "shards=4", "leases=false", "drainSeconds=7"))
+    ours = ("METRICS", "STATE_DIR", "DRAIN_SECONDS", "SHARDS", "LEASES", "MAX_STREAM_AGE_SECONDS")
+    given = variables(chart_manifests(values, "shards=4", "leases=false", "drainSeconds=7", "maxStreamAgeSeconds=600"))
     config = read_config({f"STEP_ORACLE_{name}": given[f"STEP_ORACLE_{name}"] for name in ours})
     assert (config.shards, config.leases, config.drain_seconds) == (4, False, 7.0)
+    assert config.max_stream_age_seconds == 600
     mounts = [mount["mountPath"] for mount in server(chart_manifests(values))["volumeMounts"]]
     assert str(config.state_dir) in mounts
     assert given["STEP_ORACLE_LISTEN"].split(",") == ["0.0.0.0:8470", "unix:/run/step-oracle/oracle.sock"]

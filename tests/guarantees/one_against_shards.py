@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,6 @@ def batches(sizes: Sizes) -> Iterator[tuple[int, list[step_pb2.StepRequest]]]:
 def run(folder: Path, sizes: Sizes) -> list[Row]:
     listen = ("127.0.0.1:0", f"unix:{folder}/s")
     packs = build_packs(folder)
-    compared = different = 0
     with (
         OracleProcess(folder / "one") as one,
         OracleProcess(folder / "many", listen=listen, arguments=("--shards", str(SHARDS))) as many,
@@ -58,27 +57,7 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
             for calls in (alone, shards[0]):
                 name = str(calls.create(calls.upload(pack), pack.name, **binding_of(GENERATION_LIKE)).name)
             names.append(name)
-        streams: dict[tuple[int, int], Stream] = {}
-        for number, steps in batches(sizes):
-            engine = identity(f"vllm-{number % sizes.engines}", names[number % len(names)])
-            expected = alone.sample(engine, steps, min_generation=1)
-            shard = number % SHARDS
-            if number % 10:
-                replies = shards[shard].sample(engine, steps, min_generation=1)
-            else:
-                own = identity(f"stream-{shard}-{number % len(names)}", names[number % len(names)])
-                expected = alone.sample(own, steps, min_generation=1)
-                key = (shard, number % len(names))
-                if key not in streams:
-                    streams[key] = shards[shard].open(own, shards[shard].attach(own).incarnation)
-                replies = streams[key].ask(*steps, min_generation=1)
-            compared += len(steps)
-            different += len(expected) != len(replies)
-            different += sum(a != b for a, b in zip(expected, replies, strict=False))
-        for stream in streams.values():
-            stream.close()
-        for calls in shards:
-            calls.__exit__(None, None, None)
+        compared, different = compare(alone, shards, names, sizes)
     return [
         judged(
             "one process and four shards answer alike",
@@ -88,6 +67,33 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
             holds=different == 0 and compared == sizes.steps,
         )
     ]
+
+
+def compare(alone: Calls, others: Sequence[Calls], experiments: Sequence[str], sizes: Sizes) -> tuple[int, int]:
+    """(Steps, differences) of one server and of others, whose connections are closed. Each of them gets its share."""
+    compared = different = 0
+    streams: dict[tuple[int, int], Stream] = {}
+    for number, steps in batches(sizes):
+        experiment, other = number % len(experiments), number % len(others)
+        engine = identity(f"vllm-{number % sizes.engines}", experiments[experiment])
+        expected = alone.sample(engine, steps, min_generation=1)
+        if number % 10:
+            replies = others[other].sample(engine, steps, min_generation=1)
+        else:
+            own = identity(f"stream-{other}-{experiment}", experiments[experiment])
+            expected = alone.sample(own, steps, min_generation=1)
+            key = (other, experiment)
+            if key not in streams:
+                streams[key] = others[other].open(own, others[other].attach(own).incarnation)
+            replies = streams[key].ask(*steps, min_generation=1)
+        compared += len(steps)
+        different += len(expected) != len(replies)
+        different += sum(a != b for a, b in zip(expected, replies, strict=False))
+    for stream in streams.values():
+        stream.close()
+    for calls in others:
+        calls.__exit__(None, None, None)
+    return compared, different
 
 
 GUARANTEE = Guarantee(run, LONG, QUICK)

@@ -8,28 +8,39 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity, prefill
 from oracle_server.rpc.channel import ANONYMOUS, Access
 from step_oracle.v1 import oracle_service_pb2, step_pb2, trace_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, open_channel
+from vllm_shim.stream import OracleStream, open_channels
 from vllm_shim.trace import TraceWriter
 
 
 class WatchedStream(OracleStream):
-    """Notes when its engine first knows of each generation. Written by the reader thread."""
+    """Notes when its engine first knows of each generation, and how often it opens. Written by the reader thread."""
 
     def __init__(self, *arguments: object) -> None:
         # Before the reader thread starts.
         self.seen: list[tuple[int, float]] = []
+        self.opens = 0
         super().__init__(*arguments)  # type: ignore[arg-type]
 
     def _see(self, generation: int) -> None:
         super()._see(generation)
         if not self.seen or generation > self.seen[-1][0]:
             self.seen.append((generation, time.monotonic()))
+
+    def _open(self) -> Any:
+        self.opens += 1
+        return super()._open()
+
+    @property
+    def moves(self) -> int:
+        """How often a stream followed another."""
+        return self.opens - 1
 
     def saw(self, generation: int) -> float | None:
         """When the engine knew of this generation or a later one; None if it does not yet."""
@@ -66,6 +77,9 @@ class ShimEngine:
         self.went_back = 0
         self.failure: BaseException | None = None
         self.answered_at: list[float] = []
+        # How long each answer over the wire took, and the first one after each move, from the step's submission.
+        self.waits_ms: list[float] = []
+        self.waits_after_move_ms: list[float] = []
         self.period_seconds = period_seconds
         self._draw = random.Random(seed)
         self._stop = threading.Event()
@@ -76,7 +90,7 @@ class ShimEngine:
         with Calls(target, access) as calls:
             incarnation = calls.attach(engine).incarnation
         opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=incarnation, leases=leases)
-        self.stream = WatchedStream(config, open_channel(config), opening)
+        self.stream = WatchedStream(config, open_channels(config), opening)
         self._trace = TraceWriter(f"{traces}/", trace_pb2.TraceHeader(engine=engine))
         self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
 
@@ -92,7 +106,7 @@ class ShimEngine:
         self._trace.close()
 
     def _run(self) -> None:
-        requests, context, generation = 4, 4000, 0
+        requests, context, generation, moves = 4, 4000, 0, 0
         due = time.monotonic() + self._draw.random() * self.period_seconds
         try:
             while not self._stop.wait(max(0.0, due - time.monotonic())):
@@ -114,6 +128,11 @@ class ShimEngine:
                 self.went_back += reply.generation < generation
                 generation = reply.generation
                 self.leased += pending.lease is not None
+                if pending.lease is None:
+                    self.waits_ms.append((pending.answer_ns - pending.submit_ns) / 1e6)
+                    if self.stream.moves > moves:
+                        moves = self.stream.moves
+                        self.waits_after_move_ms.append(self.waits_ms[-1])
                 self._trace.write(trace_pb2.TraceStep(request=request, reply=reply))
                 self.steps += 1
         except BaseException as error:  # noqa: BLE001 - told to the main thread

@@ -28,6 +28,8 @@ NAMES = (
     "hot_swaps",
     "noisy_tenant",
     "one_against_shards",
+    "one_against_replicas",
+    "restarts",
     "rotation",
     "soak",
     "mutations",
@@ -39,12 +41,6 @@ BESIDE = "soak"
 # What the design has and this release does not: listed, never held.
 MISSING = (
     ("PostgreSQL or registry stopped for 60 s: steps go on", "there is no PostgreSQL store and no registry yet"),
-    ("rolling restart of two replicas: no step fails", "there are no replicas yet; shards of one host are there"),
-    ("one against four replicas", "there are no replicas yet; see one against four shards"),
-    (
-        "a stream that moves to a replica that lags",
-        "there are no replicas yet; of shards none lags after an activation",
-    ),
 )
 
 

@@ -94,7 +94,7 @@ class Engine:
         from vllm_shim import executor as shim
         from vllm_shim.config import ShimConfig
         from vllm_shim.output import OutputBuilder
-        from vllm_shim.stream import call_unary, open_channel
+        from vllm_shim.stream import call_unary, open_channels
         from vllm_shim.timeline import Clock
         from vllm_shim.tokens import TokenSource
 
@@ -109,14 +109,14 @@ class Engine:
             variables["STEP_ORACLE_LEASES"] = "1" if leases == "on" else "0"
         config = ShimConfig.from_environment(variables, [])
         engine = pb.EngineIdentity(experiment=config.experiment, engine_id=config.engine_id)
-        channel = open_channel(config)
+        channels = open_channels(config)
         request = pb.AttachEngineRequest(engine=engine)
-        attached = call_unary(channel, config, "AttachEngine", request, pb.AttachEngineResponse)
+        attached = call_unary(channels, config, "AttachEngine", request, pb.AttachEngineResponse)
         self.executor: Any = object.__new__(shim.StepOracleExecutor)
         values: dict[str, Any] = {
             "_config": config,
             "_clock": PastClock("sleep"),
-            "_channel": channel,
+            "_channels": channels,
             "_trace": None,
             "_num_drafts": 0,
             "_tokens": TokenSource(None, 32_000),

@@ -61,6 +61,8 @@ class OracleServiceServicer(object):
     def StreamSteps(self, request_iterator, context):
         """One stream per engine for all its steps. The first message carries `open`, and nothing is answered before it. Replies
         come in the order of the requests. Closing the sending side ends the stream and frees the engine id.
+        A server ends a stream that is old without an error, between two messages: the engine opens another, here or at a replica,
+        and asks again for what was not answered. What it has been leased stays good.
         Errors: as AttachEngine, and BAD_STEP, SUPPORT_REFUSED, STALE_GENERATION, CREDENTIAL_REVOKED, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

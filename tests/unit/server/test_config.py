@@ -19,12 +19,20 @@ def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
         ("[::1]:5",), "off", Path("/b"), 5.0
     )
     assert read_config({"STEP_ORACLE_SHARDS": "4"}).shards == 4
+    assert read_config({}).max_stream_age_seconds == 480
+    aged = {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "60"}
+    assert read_config(aged).max_stream_age_seconds == 60
+    assert read_config(aged, max_stream_age_seconds=0).max_stream_age_seconds == 0
     assert read_config({"STEP_ORACLE_SHARDS": "4"}, shards=2).shards == 2
     assert read_config({}).scheduling == "batch"
     assert read_config({"STEP_ORACLE_SCHEDULING": "other"}).scheduling == "other"
     assert read_config({}).leases
     assert not read_config({}, leases=False).leases
     assert not read_config({"STEP_ORACLE_LEASES": "0"}).leases
+    shared = read_config({"STEP_ORACLE_DATABASE": "/d", "STEP_ORACLE_PACK_FOLDER": "/p"})
+    assert (shared.database, shared.pack_folder) == (Path("/d"), Path("/p"))
+    assert read_config({"STEP_ORACLE_DATABASE": "/d"}, database=Path("/e")).database == Path("/e")
+    assert (config.database, config.pack_folder) == (None, None)
     assert read_config({"XDG_STATE_HOME": "/x"}).state_dir == Path("/x/step-oracle")
 
 
@@ -53,9 +61,14 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_SHARDS": "65"},
         {"STEP_ORACLE_SHARDS": "two"},
         {"STEP_ORACLE_SCHEDULING": "fifo"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "0.5"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "-1"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "nan"},
+        {"STEP_ORACLE_MAX_STREAM_AGE_SECONDS": "never"},
         {"STEP_ORACLE_TLS_CERT": "c"},
         {"STEP_ORACLE_TLS_KEY": "k"},
         {"STEP_ORACLE_TLS_CLIENT_CA": "a"},
+        {"STEP_ORACLE_PACK_FOLDER": "/p"},
     ],
 )
 def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:

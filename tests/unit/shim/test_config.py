@@ -45,6 +45,8 @@ def test_labels_and_lists_are_split() -> None:
     ("variables", "named"),
     [
         ({"TARGET": ""}, "STEP_ORACLE_TARGET"),
+        ({"TARGET": "a:1,,b:1"}, "'a:1,,b:1'"),
+        ({"TARGET": "a:1, "}, "of each of its replicas with commas"),
         ({"EXPERIMENT": "default"}, "tenants/<tenant>/experiments/<experiment>"),
         ({"ENGINE_LABELS": "h100"}, "'h100'"),
         ({"BUDGET_SECONDS": "-1"}, "'-1'"),

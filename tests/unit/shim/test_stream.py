@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -16,7 +16,7 @@ from step_oracle.v1 import step_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import OracleLost
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, PendingStep, open_channel
+from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channels
 
 LATENCY_NS = 5_000_000
 
@@ -30,7 +30,7 @@ def config(target: str, **changes: str) -> ShimConfig:
 def stream_to(target: str, **changes: str) -> Iterator[OracleStream]:
     settings = config(target, **changes)
     opening = pb.StreamOpen(engine=pb.EngineIdentity(engine_id="engine-0"), incarnation=7)
-    stream = OracleStream(settings, open_channel(settings), opening)
+    stream = OracleStream(settings, open_channels(settings), opening)
     try:
         yield stream
     finally:
@@ -125,6 +125,28 @@ def test_a_refusal_is_not_retried() -> None:
                 stream.wait(stream.submit(step(0)))
             assert time.monotonic() - started < 5
         assert len(oracle.opened) == 1
+
+
+def test_an_id_that_is_taken_ends_an_engine_at_the_opening_of_a_stream_alone() -> None:
+    taken = threading.Event()
+
+    def take(message: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        if message.steps and (message.steps[0].step_index == 1 and not taken.is_set()):
+            taken.set()
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "the engine opened a newer stream")
+
+    def refuse(_: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.ALREADY_EXISTS, "the engine id was attached again since")
+
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle:
+        oracle.before_answer = take
+        with stream_to(oracle.target) as stream:
+            stream.wait(stream.submit(step(0)))
+            assert stream.wait(stream.submit(step(1))).step_index == 1
+            oracle.before_answer = refuse
+            with pytest.raises(OracleLost, match="attached again since"):
+                stream.wait(stream.submit(step(2)))
+        assert len(oracle.opened) == 3
 
 
 def test_under_hold_the_budget_does_not_end_anything() -> None:
@@ -369,3 +391,143 @@ def test_leases_that_no_decode_step_looks_for_do_not_pile_up() -> None:
         for index in range(20):
             stream.wait(stream.submit(step(index)))
         assert len(stream._era[1]) <= 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.01)
+
+
+def test_a_stream_that_ends_without_an_error_is_followed_by_the_next_and_counts_as_no_trouble() -> None:
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        oracle.messages_per_stream = 2
+        # The first message opens the stream.
+        for index in range(8):
+            assert stream.wait(stream.submit(step(index))).step_index == index
+        assert len(oracle.opened) >= 4
+        assert stream._counts.reconnects == 0
+        assert sorted({request.step_index for request in oracle.requests}) == list(range(8))
+
+
+def test_leases_outlive_a_stream_that_ends_without_an_error() -> None:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        stream.wait(decode(stream, 0))
+        assert decode(stream, 1).is_answered()
+        oracle.messages_per_stream = 1
+        stream.wait(stream.submit(prefill(2)))
+        # It ends with each message from now on, and the next one opens.
+        wait_until(lambda: len(oracle.opened) >= 3)
+        oracle.messages_per_stream = 0
+        for index in range(3, 6):
+            asked = decode(stream, index)
+            assert stream.wait(asked).latency_ns[0] == LATENCY_NS
+            assert asked.lease is not None
+        assert [request.step_index for request in oracle.requests if not request.shape.prefill_chunks] == [0]
+
+
+def test_leases_do_not_outlive_a_newer_generation_of_the_next_stream() -> None:
+    def newer(message: pb.StreamStepsRequest, _: Any) -> None:
+        if message.steps and message.steps[0].shape.prefill_chunks:
+            oracle.answer = granting(2, 2 * LATENCY_NS)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        oracle.before_answer = newer
+        stream.wait(decode(stream, 0))
+        oracle.messages_per_stream = 1
+        stream.wait(stream.submit(prefill(1)))
+        oracle.messages_per_stream = 0
+        asked = decode(stream, 2)
+        assert (stream.wait(asked).generation, asked.lease) == (2, None)
+
+
+@contextmanager
+def two_replicas(answer: Any = None) -> Iterator[tuple[ScriptedOracle, ScriptedOracle, str]]:
+    with ScriptedOracle(answer or constant(LATENCY_NS)) as a, ScriptedOracle(answer or constant(LATENCY_NS)) as b:
+        yield a, b, f"{a.target}, {b.target}"
+
+
+def test_where_one_replica_ends_the_other_answers_what_is_pending() -> None:
+    with two_replicas() as (a, b, targets), stream_to(targets, BUDGET_SECONDS="20") as stream:
+        stream.wait(stream.submit(step(0)))
+        here, there = (a, b) if a.opened else (b, a)
+        here._server.stop(None).wait()
+        begin = time.monotonic()
+        pending = [stream.submit(step(1)), stream.submit(step(2))]
+        assert [stream.wait(p).step_index for p in pending] == [1, 2]
+        # Long before the one that is gone would be tried again for long.
+        assert time.monotonic() - begin < 5
+        assert sorted({request.step_index for request in there.requests}) == [1, 2]
+
+
+def test_a_replica_that_refuses_for_now_is_left_for_the_next_one() -> None:
+    """It has not seen the generation that the engine has: the engine neither ends nor goes back."""
+
+    def lag(message: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        if message.min_generation > 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "this server is behind")
+
+    def at(generation: int) -> Any:
+        return lambda request: step_pb2.StepReply(step_index=request.step_index, latency_ns=[1], generation=generation)
+
+    with two_replicas(at(1)) as (a, b, targets), stream_to(targets) as stream:
+        stream.wait(stream.submit(step(0)))
+        ahead, behind = (a, b) if a.opened else (b, a)
+        ahead.answer, behind.before_answer = at(2), lag
+        # Now and then its stream ends, and each time the one that is behind is asked first.
+        ahead.messages_per_stream = 3
+        generations = [stream.wait(stream.submit(step(index))).generation for index in range(1, 12)]
+        assert generations == [2] * 11
+        assert len(behind.opened) >= 2
+
+
+def test_a_replica_that_hangs_is_left_while_the_budget_lasts() -> None:
+    release = threading.Event()
+
+    def hang(_: pb.StreamStepsRequest, __: Any) -> None:
+        release.wait(20)
+
+    with two_replicas() as (a, b, targets), stream_to(targets, BUDGET_SECONDS="6") as stream:
+        stream.wait(stream.submit(step(0)))
+        (a if a.opened else b).before_answer = hang
+        try:
+            assert stream.wait(stream.submit(step(1))).step_index == 1
+            assert len(a.opened) == len(b.opened) == 1
+        finally:
+            release.set()
+
+
+def test_all_replicas_gone_is_a_lost_oracle() -> None:
+    with two_replicas() as (a, b, targets), stream_to(targets, BUDGET_SECONDS="1") as stream:
+        stream.wait(stream.submit(step(0)))
+        for oracle in (a, b):
+            oracle._server.stop(None).wait()
+        with pytest.raises(OracleLost, match="budget"):
+            stream.wait(stream.submit(step(1)))
+
+
+def test_a_unary_call_goes_on_to_a_replica_that_answers() -> None:
+    gone = ScriptedOracle(constant(LATENCY_NS))
+    gone.__exit__()
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle:
+        settings = config(f"{gone.target},{oracle.target}")
+        for _ in range(4):
+            request = pb.GetDeviceRequest(engine=pb.EngineIdentity(engine_id="engine-0"))
+            answer = call_unary(open_channels(settings), settings, "GetDevice", request, pb.GetDeviceResponse)
+            assert answer.device.name == "NVIDIA H100 80GB HBM3"
+
+
+def test_a_unary_call_that_is_refused_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[pb.GetDeviceRequest] = []
+
+    def refuse(_: ScriptedOracle, request: pb.GetDeviceRequest, context: grpc.ServicerContext) -> None:
+        asked.append(request)
+        context.abort(grpc.StatusCode.NOT_FOUND, "no experiment")
+
+    monkeypatch.setattr(ScriptedOracle, "GetDevice", refuse)
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle:
+        settings = config(f"{oracle.target},{oracle.target}")
+        with pytest.raises(grpc.RpcError, match="no experiment"):
+            call_unary(open_channels(settings), settings, "GetDevice", pb.GetDeviceRequest(), pb.GetDeviceResponse)
+        assert len(asked) == 1

@@ -96,6 +96,7 @@ async def test_two_tokens_of_a_scope_are_valid_at_once_and_the_third_is_refused(
         await issue(node, "e", scope="operator")
 
 
+@pytest.mark.parametrize("node", ["sqlite"], indirect=True)
 async def test_no_secret_is_on_the_disk_and_tokens_survive_a_restart(node: Node, tmp_path: Path) -> None:
     await issue(node, "the-secret", tenant="default")
     await node.close()
