@@ -176,6 +176,10 @@ class Experiments:
             raise not_found(name)
         return live
 
+    def has(self, name: str) -> bool:
+        """True where `find` finds it."""
+        return name in self._live
+
     def all(self) -> Iterable[LiveExperiment]:
         """Every experiment of every tenant."""
         return self._live.values()

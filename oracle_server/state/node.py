@@ -85,11 +85,16 @@ class Node:
             raise Starting("the server is starting; retry, or wait for its health to be SERVING")
         return await self.experiments.tenant(tenant)
 
-    async def tenant_of(self, experiment_name: str) -> TenantRow:
-        """The tenant an experiment's name begins with, for calls of engines; also QuotaExceeded."""
-        row = await self.tenant(names.parse_experiment(experiment_name, "experiment")[0])
-        self.rates.check_tenant(row.tenant)
-        return row
+    async def tenant_of(self, experiment_name: str) -> None:
+        """As `tenant`, of the tenant an experiment's name begins with, for calls of engines; also QuotaExceeded.
+
+        From memory where the experiment is there: a tenant that has one cannot be deleted.
+        """
+        tenant, experiment = names.parse_experiment(experiment_name, "experiment")
+        CALLER.get().check_tenant(tenant)
+        if not (self._ready and self.experiments.has(names.experiment_name(tenant, experiment))):
+            await self.tenant(tenant)
+        self.rates.check_tenant(tenant)
 
     def engines_of(self, live: LiveExperiment) -> list[EngineRecord]:
         """The engines of an experiment that are attached now."""
