@@ -66,6 +66,10 @@ def serve(
             tls_client_ca=tls_client_ca,
             operator_token_file=operator_token_file,
         )
+        from oracle_server.event_loop import without_event_engine
+
+        # Before the import below, which brings grpc.
+        without_event_engine(os.environ)
         from oracle_server.server import serve as run
 
         status = run(config)
