@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Any, TypedDict
 
 import grpc
-import uvloop
 from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2  # noqa: F401 - reflection then describes the details of an error too
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.registry import Collector
 
+from oracle_server import event_loop
 from oracle_server.config import ServerConfig
 from oracle_server.errors import OracleError, StoreFailed
 from oracle_server.logs import configure
@@ -89,8 +89,8 @@ def serve(config: ServerConfig) -> int:
     if config.shards > 1:
         from oracle_server.shards.parent import serve_sharded
 
-        return uvloop.run(serve_sharded(config))
-    return uvloop.run(_serve(config))
+        return event_loop.run(serve_sharded(config))
+    return event_loop.run(_serve(config))
 
 
 async def _serve(config: ServerConfig) -> int:

@@ -78,6 +78,10 @@ def serve(
             database=database,
             pack_folder=pack_folder,
         )
+        from oracle_server.event_loop import without_event_engine
+
+        # Before the import below, which brings grpc.
+        without_event_engine(os.environ)
         from oracle_server.server import serve as run
 
         status = run(config)

@@ -12,10 +12,10 @@ from typing import cast
 
 import grpc
 import msgspec
-import uvloop
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
+from oracle_server import event_loop
 from oracle_server.logs import configure
 from oracle_server.rpc.gate import Gate
 from oracle_server.rpc.loop_lag import watch_loop
@@ -58,7 +58,7 @@ def main(task: str) -> None:
     decoded = msgspec.json.decode(task, type=ShardTask)
     # The kernel ends this process with its parent (__main__), unless the parent was gone before.
     if os.getppid() == decoded.parent_pid:
-        uvloop.run(Shard(decoded).run())
+        event_loop.run(Shard(decoded).run())
 
 
 class Shard:

@@ -5,7 +5,7 @@
 
 `stream` is grpc.aio on uvloop, our stack without our handler; it answers a constant, as `raw` does, a bare socket on
 uvloop: length, step index and step in, step index and latency out; about 1.5 times what an epoll loop in C costs.
-`unary` answers SampleStep from a pack as our server does, from one snapshot and without asking a store for the tenant.
+`unary` answers SampleStep from a pack as our server does, from one snapshot and without looking anything up.
 """
 
 from __future__ import annotations

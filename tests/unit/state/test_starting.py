@@ -13,6 +13,8 @@ async def test_a_node_that_is_not_open_answers_no_tenant(tmp_path: Path) -> None
     try:
         with pytest.raises(Starting, match="retry"):
             await node.tenant("default")
+        with pytest.raises(Starting, match="retry"):
+            await node.tenant_of("tenants/default/experiments/default")
         await node.open()
         assert await node.tenant("default") is not None
     finally:

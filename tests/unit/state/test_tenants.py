@@ -15,6 +15,7 @@ from oracle_server.errors import (
     InvalidArgument,
     PermissionDenied,
     QuotaExceeded,
+    StoreFailed,
     TenantExists,
     TenantInUse,
     TenantNotFound,
@@ -196,3 +197,39 @@ async def test_a_pack_two_tenants_have_survives_the_deletion_by_one_at_any_momen
     assert files == {path.name: path.read_bytes() for path in directory.iterdir()}
     live = await node.experiments.create("acme", "e", Binding(default_pack_digest=digest))
     assert live.snapshot.packs[digest].digest == digest
+
+
+async def test_steps_of_an_experiment_that_is_there_do_not_wait_for_the_store(
+    node: Node, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the database gone the control plane fails and the data plane does not notice."""
+
+    async def fails(*_: object, **__: object) -> None:
+        raise StoreFailed("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node._records, "call", fails)
+        await node.tenant_of("tenants/default/experiments/default")
+        with pytest.raises(StoreFailed):
+            await node.tenants.create(TenantRow("acme"))
+
+
+async def test_a_tenant_of_calls_of_engines_ends_with_its_deletion(node: Node, add_pack: AddPack) -> None:
+    name = "tenants/acme/experiments/e"
+    with pytest.raises(TenantNotFound, match="tenants/acme"):
+        await node.tenant_of(name)
+    await node.tenants.create(TenantRow("acme"))
+    # The experiment is told apart from the tenant: the caller looks it up.
+    await node.tenant_of(name)
+    await node.tenants.delete("acme")
+    with pytest.raises(TenantNotFound, match="tenants/acme"):
+        await node.tenant_of(name)
+
+
+async def test_calls_of_engines_are_refused_another_tenants_experiment_that_is_there(node: Node, digest: str) -> None:
+    reset = CALLER.set(Principal("tenants/acme/tokens/1", "engine", "acme"))
+    try:
+        with pytest.raises(PermissionDenied, match="tenants/default is named"):
+            await node.tenant_of("tenants/default/experiments/default")
+    finally:
+        CALLER.reset(reset)
