@@ -31,6 +31,7 @@
     └── Unavailable                UNAVAILABLE
         ├── StaleGeneration
         ├── CredentialRevoked      of an open stream
+        ├── PackRegistryUnavailable
         ├── Starting
         └── Draining
 
@@ -250,6 +251,19 @@ class CredentialRevoked(Unavailable):
     """The token a stream was opened with is valid no more; a holder of a newer one opens it again."""
 
     reason = "CREDENTIAL_REVOKED"
+
+
+class PackRegistryUnavailable(Unavailable):
+    """A pack has to come from, or go to, the registry, which cannot be asked now; nothing was changed.
+
+    `answered`: it answered, and did not let this server in.
+    """
+
+    reason = "PACK_REGISTRY_UNAVAILABLE"
+
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class Starting(Unavailable):

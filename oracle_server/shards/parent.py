@@ -19,7 +19,17 @@ from oracle_server.rpc.metrics import Metrics, total_steps
 from oracle_server.rpc.spans import open_spans
 from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.scheduling import take_scheduling
-from oracle_server.server import METHODS, add_services, address_of, bind, guard, options, serve_metrics, started
+from oracle_server.server import (
+    METHODS,
+    add_services,
+    address_of,
+    bind,
+    guard,
+    open_registry,
+    options,
+    serve_metrics,
+    started,
+)
 from oracle_server.service_manager import tell_ready, tell_stopping
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import SERVICE, handler_of
@@ -70,7 +80,9 @@ async def serve_sharded(config: ServerConfig) -> int:
         return total
 
     pool = ShardPool(config.shards, task_of, events, metrics)
-    node = Node(config.state_dir, followers=pool)
+    # Shards map packs from the parent's folder, so it alone brings them.
+    registry = open_registry(config)
+    node = Node(config.state_dir, followers=pool, remote=registry)
     streams = ShardStreams(node)
     spans = open_spans(os.environ, events)
     traced = () if spans is None else spans.interceptors(METHODS)
@@ -111,11 +123,15 @@ async def serve_sharded(config: ServerConfig) -> int:
         for task in guards:
             task.cancel()
         node.experiments.drain()
+        if registry is not None:
+            loop.call_later(config.drain_seconds, registry.close)
         await pool.drain(config.drain_seconds)
         await server.stop(0)
         # While the folder is ours: a successor binds the same paths as soon as it is not.
         for path in (socket, *(_of_shard(socket, shard) for shard in range(config.shards))):
             path.unlink(missing_ok=True)
+        if registry is not None:
+            registry.close()
         await node.close()
         reservation.close()
         if metrics_server is not None:

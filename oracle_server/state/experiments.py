@@ -7,6 +7,7 @@ once, so no answer mixes two generations.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ from oracle_server.errors import (
     GenerationConflict,
     GenerationNotFound,
     InvalidArgument,
+    OracleError,
     PackNotFound,
     QuotaExceeded,
     TenantNotFound,
@@ -28,13 +30,15 @@ from oracle_server.state import names
 from oracle_server.state.binding import Binding
 from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineRecord, check_activation
-from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.records import Records
 from oracle_server.state.shadow import Comparison, ShadowBook, summed
 from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
 
 WATCH_BATCH = 100
+
+_log = logging.getLogger("step_oracle.experiments")
 
 
 class LiveExperiment:
@@ -148,14 +152,14 @@ class Experiments:
     def __init__(
         self,
         records: Records,
-        files: PackFiles,
+        supply: PackSupply,
         *,
         monotonic: Callable[[], float],
         now_ns: Callable[[], int],
         followers: Followers,
     ) -> None:
         self._records = records
-        self._files = files
+        self._supply = supply
         self._followers = followers
         self._monotonic = monotonic
         self._now_ns = now_ns
@@ -163,11 +167,27 @@ class Experiments:
         self._draining = False
 
     async def load(self) -> None:
-        """Bring the stored experiments into memory, their packs mapped and their kernels compiled."""
-        for row in await self._records.call(self._records.store.experiments):
-            snapshot = await self._open(row.tenant, row.experiment, row.current)
+        """Bring the stored experiments into memory, their packs mapped and their kernels compiled.
+
+        Packs that are neither here nor to be had are left out; `complete` brings them.
+        """
+        rows = await self._records.call(self._records.store.experiments)
+        snapshots = await asyncio.gather(*(self._open(row.tenant, row.experiment, row.current) for row in rows))
+        for row, snapshot in zip(rows, snapshots, strict=True):
             live = LiveExperiment(row, snapshot)
             self._live[live.name] = live
+
+    async def complete(self) -> None:
+        """Bring the packs that snapshots lack; engines they answer are let in from then on. Logs what fails."""
+        for live in [live for live in self._live.values() if live.snapshot.missing]:
+            lacking = live.snapshot
+            try:
+                found = await self._open(live.tenant, live.experiment, live.current)
+                if found.missing.keys() < lacking.missing.keys():
+                    await self._followers.prepare(tuple(found.packs))
+                    await self._records.change(self._complete(live, lacking, found))
+            except OracleError as error:
+                _log.warning("packs of %s cannot be brought: %s", live.name, error.message)
 
     def find(self, name: str) -> LiveExperiment:
         """The experiment of that resource name; ExperimentNotFound."""
@@ -388,6 +408,13 @@ class Experiments:
         live.flip(record, snapshot)
         return Activation(record, warnings)
 
+    async def _complete(self, live: LiveExperiment, lacking: Snapshot, found: Snapshot) -> None:
+        """The same generation with more of its packs, unless there is a newer one."""
+        if live.snapshot is lacking and not live.deleted:
+            await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, live.current))
+            live.snapshot = found
+            _log.info("%s has its packs; lacking still: %d", live.name, len(found.missing))
+
     async def _delete(self, name: str) -> None:
         live = self.find(name)
         now = self._monotonic()
@@ -409,13 +436,16 @@ class Experiments:
         )
 
     async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
-        loaded = await self._load_packs(tenant, record.binding)
+        """The snapshot of a generation that is current already, with what can be had of its packs."""
+        await self._check_packs(tenant, record.binding)
+        loaded, missing = await self._supply.load_all(record.binding.digests())
         name = names.experiment_name(tenant, experiment)
-        return Snapshot(name, record.generation, record.binding, loaded)
+        why = {digest: error.message for digest, error in missing.items()}
+        return Snapshot(name, record.generation, record.binding, loaded, why)
 
     async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
         await self._check_packs(tenant, binding)
-        loaded = {digest: await asyncio.to_thread(self._files.load, digest) for digest in binding.digests()}
+        loaded = {digest: await self._supply.load(digest) for digest in binding.digests()}
         for digest, pack in loaded.items():
             stages = pack.manifest.parallel.pipeline
             if stages > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import time
@@ -16,6 +17,8 @@ from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import Alone, Experiments, Followers, LiveExperiment
 from oracle_server.state.kernels import warm_kernels
 from oracle_server.state.pack_files import PackFiles
+from oracle_server.state.pack_remote import PackRemote
+from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.packs import Packs
 from oracle_server.state.principal import CALLER
 from oracle_server.state.rates import StepRates
@@ -30,7 +33,8 @@ class Node:
     """Owns everything a server keeps. Built empty; nothing is answered before `open` has ended. Event loop only.
 
     Both clocks are arguments: `monotonic` in seconds, `now_ns` in nanoseconds since 1970. `followers` are the processes
-    that answer from its generations, where it does not answer itself.
+    that answer from its generations, where it does not answer itself. `remote` keeps the packs of the fleet that this
+    server is of; without one its folder has them all.
     """
 
     def __init__(
@@ -40,19 +44,20 @@ class Node:
         monotonic: Callable[[], float] = time.monotonic,
         now_ns: Callable[[], int] = time.time_ns,
         followers: Followers | None = None,
+        remote: PackRemote | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._lock = _lock(state_dir)
         self._monotonic = monotonic
         self._records = Records(Store.open(state_dir / DATABASE))
-        self._files = PackFiles(state_dir)
+        self._supply = PackSupply(PackFiles(state_dir), remote)
         self._ready = False
         self.followers: Followers = followers or Alone()
         self.experiments = Experiments(
-            self._records, self._files, monotonic=monotonic, now_ns=now_ns, followers=self.followers
+            self._records, self._supply, monotonic=monotonic, now_ns=now_ns, followers=self.followers
         )
         self.attachments = Attachments(self.experiments, self._records, monotonic=monotonic)
-        self.packs = Packs(self.experiments, self._records, self._files, now_ns=now_ns)
+        self.packs = Packs(self.experiments, self._records, self._supply, now_ns=now_ns)
         self.credentials = Credentials()
         self.rates = StepRates(self.experiments, monotonic=monotonic, followers=self.followers)
         self.tenants = Tenants(
@@ -63,14 +68,18 @@ class Node:
         """Bring packs, experiments and credentials into memory; the digests that had to be compiled anew."""
         await self._records.call(warm_kernels)
         digests = await self._records.call(self._records.store.digests)
-        compiled = await self._records.call(self._files.prepare, digests)
+        compiled = await asyncio.to_thread(
+            self._supply.files.prepare, digests, may_lack=self._supply.remote is not None
+        )
         await self.experiments.load()
         await self.tenants.load(operator_hashes)
         self._ready = True
         return compiled
 
     async def close(self) -> None:
-        """Let changes end and close the database."""
+        """Let changes end and close the database; a `remote` has been told before to end what it is at."""
+        await self.packs.close()
+        await self._supply.close()
         await self._records.close()
         os.close(self._lock)
 

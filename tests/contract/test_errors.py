@@ -40,9 +40,12 @@ Dirs = dict[str, Path]
 DIGEST = "sha256:" + "0" * 64
 
 NOT_YET = {"UNSPECIFIED"}
-# DRAINING is in test_server.py, STARTING in unit/state/test_starting.py, the others in test_authorization.py and
-# test_rotation.py.
-ELSEWHERE = {"DRAINING", "STARTING", "UNAUTHENTICATED", "PERMISSION_DENIED", "CREDENTIAL_REVOKED"}
+# DRAINING is in test_server.py, STARTING in unit/state/test_starting.py, PACK_REGISTRY_UNAVAILABLE in
+# test_pack_registry.py, the others in test_authorization.py and test_rotation.py.
+ELSEWHERE = {
+    *("DRAINING", "STARTING", "UNAUTHENTICATED", "PERMISSION_DENIED", "CREDENTIAL_REVOKED"),
+    "PACK_REGISTRY_UNAVAILABLE",
+}
 
 
 def experiment_not_found(calls: Calls, dirs: Dirs) -> None:
