@@ -39,6 +39,8 @@ _DRAIN_SECONDS = "STEP_ORACLE_DRAIN_SECONDS"
 _LEASES = "STEP_ORACLE_LEASES"
 _SHARDS = "STEP_ORACLE_SHARDS"
 _SCHEDULING = "STEP_ORACLE_SCHEDULING"
+_DATABASE = "STEP_ORACLE_DATABASE"
+_PACK_FOLDER = "STEP_ORACLE_PACK_FOLDER"
 _TLS_CERT = "STEP_ORACLE_TLS_CERT"
 _TLS_KEY = "STEP_ORACLE_TLS_KEY"
 _TLS_CLIENT_CA = "STEP_ORACLE_TLS_CLIENT_CA"
@@ -81,6 +83,8 @@ class ServerConfig:
     | leases | 1 | 0: grant no leases, every step is asked for |
     | shards | 1 | processes that answer steps at the same address, 1 to 64; 1: this one alone |
     | scheduling | batch | batch: SCHED_BATCH, nearly half the CPU per step of a full core; other: as it was started |
+    | database | none | file of the URL of a PostgreSQL that the servers of a fleet share; none: a file in state_dir |
+    | pack_folder | none | folder that all servers of a fleet have mounted, for packs; none: one server at a time |
     | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
@@ -89,7 +93,8 @@ class ServerConfig:
     | pack_registry (..._credentials) | none | file with one line, USER:PASSWORD; read at each use |
     | pack_registry (..._ca) | none | PEM file of who signs the registry's certificate; read at each use |
 
-    An address beyond loopback needs `tls` and `operator_token_file`.
+    An address beyond loopback needs `tls` and `operator_token_file`; `pack_folder` needs
+    `database`, and is given instead of `pack_registry`.
     """
 
     listen: tuple[str, ...]
@@ -102,6 +107,8 @@ class ServerConfig:
     tls: TlsFiles | None = None
     operator_token_file: Path | None = None
     pack_registry: PackRegistryConfig | None = None
+    database: Path | None = None
+    pack_folder: Path | None = None
 
 
 def read_config(
@@ -119,6 +126,8 @@ def read_config(
     pack_registry: str | None = None,
     pack_registry_credentials: Path | None = None,
     pack_registry_ca: Path | None = None,
+    database: Path | None = None,
+    pack_folder: Path | None = None,
 ) -> ServerConfig:
     """The configuration from flags and environment; InvalidArgument names what is wrong."""
     _refuse_unknown(environ)
@@ -154,6 +163,13 @@ def read_config(
     if scheduling not in (BATCH, OTHER):
         raise InvalidArgument(f"{_SCHEDULING} is {scheduling!r}; allowed: {BATCH} and {OTHER}", field="scheduling")
     folder = state_dir or Path(environ.get(_STATE_DIR) or _default_state_dir(environ))
+    registry = _read_pack_registry(environ, pack_registry, pack_registry_credentials, pack_registry_ca)
+    file, shared_folder = _read_shared(environ, database, pack_folder)
+    if registry and shared_folder:
+        raise InvalidArgument(
+            "packs lie in a registry or in a shared folder; give --pack-registry or --pack-folder, not both",
+            field="pack_folder",
+        )
     return ServerConfig(
         addresses,
         metrics_address,
@@ -164,7 +180,9 @@ def read_config(
         scheduling,
         tls,
         Path(operator).expanduser() if operator else None,
-        _read_pack_registry(environ, pack_registry, pack_registry_credentials, pack_registry_ca),
+        registry,
+        file,
+        shared_folder,
     )
 
 
@@ -206,6 +224,21 @@ def _read_pack_registry(
     return PackRegistryConfig(repository, *files)
 
 
+def _read_shared(
+    environ: Mapping[str, str], database: Path | None, pack_folder: Path | None
+) -> tuple[Path | None, Path | None]:
+    given = [
+        path or Path(environ.get(name) or "") for path, name in ((database, _DATABASE), (pack_folder, _PACK_FOLDER))
+    ]
+    file, folder = (path.expanduser() if path != Path() else None for path in given)
+    if folder and not file:
+        raise InvalidArgument(
+            "a pack folder is what servers share that have one database; give --database too, or no --pack-folder",
+            field="pack_folder",
+        )
+    return file, folder
+
+
 def _read_shards(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_SHARDS:
         raise InvalidArgument(f"shards is {text!r}; allowed: 1 (this process alone) to {MAX_SHARDS}", field="shards")
@@ -233,18 +266,9 @@ def check_address(address: str, *, outside: bool = False) -> None:
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
     secured = (_TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
     registry = (_PACK_REGISTRY, _PACK_REGISTRY_CREDENTIALS, _PACK_REGISTRY_CA)
-    known = {
-        _LISTEN,
-        _METRICS,
-        _STATE_DIR,
-        _DRAIN_SECONDS,
-        _LEASES,
-        _SHARDS,
-        _SCHEDULING,
-        *secured,
-        *registry,
-        *_OF_OTHERS,
-    }
+    shared = (_DATABASE, _PACK_FOLDER)
+    own = (_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING)
+    known = {*own, *shared, *secured, *registry, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -31,6 +31,7 @@
     └── Unavailable                UNAVAILABLE
         ├── StaleGeneration
         ├── CredentialRevoked      of an open stream
+        ├── DatabaseUnavailable
         ├── PackRegistryUnavailable
         ├── Starting
         └── Draining
@@ -251,6 +252,12 @@ class CredentialRevoked(Unavailable):
     """The token a stream was opened with is valid no more; a holder of a newer one opens it again."""
 
     reason = "CREDENTIAL_REVOKED"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database that the servers of a fleet share does not answer this one; what is in memory goes on answering."""
+
+    reason = "DATABASE_UNAVAILABLE"
 
 
 class PackRegistryUnavailable(Unavailable):

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 import uvloop
@@ -36,7 +36,10 @@ from oracle_server.rpc.tenant_metrics import TenantCollector
 from oracle_server.rpc.tenant_service import TenantService
 from oracle_server.scheduling import scheduling, take_scheduling
 from oracle_server.service_manager import tell_ready, tell_stopping
+from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.node import Node
+from oracle_server.state.pack_folder import PackFolder
+from oracle_server.state.pack_remote import PackRemote
 from oracle_server.tls import Certificates
 from step_oracle.v1 import (
     experiment_pb2,
@@ -51,6 +54,14 @@ from step_oracle.v1 import (
 
 if TYPE_CHECKING:
     from oracle_server.state.pack_registry import PackRegistry
+
+
+class SharedState(TypedDict):
+    """Arguments of a Node."""
+
+    database: DatabaseFile | None
+    pack_remote: PackRemote | None
+
 
 SERVICES = (
     oracle_service_pb2.DESCRIPTOR.services_by_name["OracleService"].full_name,
@@ -96,7 +107,7 @@ async def _serve(config: ServerConfig) -> int:
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
     registry = open_registry(config)
-    node = Node(config.state_dir, remote=registry)
+    node = Node(config.state_dir, **shared_state(config, registry))
     traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
     server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
@@ -161,6 +172,12 @@ async def _serve(config: ServerConfig) -> int:
     events.info("drained", steps=total_steps(metrics))
     await asyncio.to_thread(log_writer.close)
     return 0
+
+
+def shared_state(config: ServerConfig, registry: PackRegistry | None) -> SharedState:
+    """What a server of a fleet shares with the others, as arguments of its Node; nothing for one that is alone."""
+    database = DatabaseFile(config.database) if config.database else None
+    return {"database": database, "pack_remote": PackFolder(config.pack_folder) if config.pack_folder else registry}
 
 
 def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused: str) -> None:

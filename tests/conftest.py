@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from environments import VLLM_VERSIONS, VllmEnvironment, measured_data, shim_site, vllm_environment
+from postgres_server import PostgresServer
 from registry_server import RegistryProcess
 
 
@@ -44,6 +45,13 @@ def vllm(vllm_version: str) -> VllmEnvironment:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This package as it is installed beside vLLM."""
     return shim_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The PostgreSQL of all tests that do not stop it."""
+    with PostgresServer(durable=False) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

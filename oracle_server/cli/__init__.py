@@ -60,6 +60,12 @@ def serve(
     pack_registry_ca: Annotated[
         Path | None, typer.Option(help="PEM file of who signs the registry's certificate.")
     ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="File of a PostgreSQL URL: the state of a fleet of servers.")
+    ] = None,
+    pack_folder: Annotated[
+        Path | None, typer.Option(help="With --database: the folder all its servers have mounted, for packs.")
+    ] = None,
 ) -> None:
     """Run the oracle server until SIGTERM."""
     from oracle_server.config import read_config
@@ -79,6 +85,8 @@ def serve(
             pack_registry=pack_registry,
             pack_registry_credentials=pack_registry_credentials,
             pack_registry_ca=pack_registry_ca,
+            database=database,
+            pack_folder=pack_folder,
         )
         from oracle_server.server import serve as run
 
@@ -90,6 +98,9 @@ def serve(
 def recompute(
     traces: Annotated[list[Path], typer.Argument(help="Step traces of shims (STEP_ORACLE_TRACE).")],
     state_dir: Annotated[Path | None, typer.Option(help="The server's folder: every generation is recomputed.")] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="With --state-dir: the file of the database's URL, where the fleet has one.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="A running server: only steps of the current generation are recomputed.")
     ] = None,
@@ -106,7 +117,7 @@ def recompute(
             with connect(target) as client:
                 report = recompute_at(client, traces)
         elif state_dir is not None:
-            report = recompute_from(state_dir, traces)
+            report = recompute_from(state_dir, traces, database)
     if json_output:
         print_json(report.as_dict())
     else:

@@ -147,6 +147,7 @@ class ExperimentService(experiment_pb2_grpc.ExperimentServiceServicer):
     async def _find(self, name: str, field: str) -> LiveExperiment:
         tenant, experiment = names.parse_experiment(name, field)
         await self.node.tenant(tenant)
+        await self.node.look_for(names.experiment_name(tenant, experiment))
         return self.node.experiments.find(names.experiment_name(tenant, experiment))
 
     def _experiment(self, live: LiveExperiment, record: GenerationRow) -> pb.Experiment:

@@ -106,8 +106,9 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
         if len(request.steps) > MAX_SAMPLE_STEPS:
             raise InvalidArgument(f"{len(request.steps)} steps; allowed in one call: {MAX_SAMPLE_STEPS}", field="steps")
         live = self.node.experiments.find(identity.experiment)
+        if live.snapshot.generation < request.min_generation:
+            await self.node.catch_up(live, request.min_generation)
         snapshot = live.snapshot
-        snapshot.check_generation(request.min_generation)
         plan = snapshot.plan(identity)
         steps_by_support = self.metrics.steps_of(live.tenant)
         response = pb.SampleStepResponse()

@@ -16,6 +16,7 @@ from oracle_server.errors import GenerationNotFound, InvalidArgument, OracleErro
 from oracle_server.rpc import wire
 from oracle_server.rpc.client import Client
 from oracle_server.state import names
+from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.node import DATABASE
 from oracle_server.state.pack_files import COMPILED, PACKS, folder_of
 from oracle_server.state.snapshot import EnginePlan, LoadedPack, Snapshot
@@ -64,12 +65,13 @@ class Report:
             self.examples.append(example)
 
 
-def recompute_from(state_dir: Path, traces: Sequence[Path]) -> Report:
-    """Recompute every reply from the generations stored in a server's folder, which may be in use."""
+def recompute_from(state_dir: Path, traces: Sequence[Path], database: Path | None = None) -> Report:
+    """Recompute every reply from the generations stored in a server's folder, which may be in use.
+
+    With `database`, the file of a PostgreSQL's URL, the generations are from there and the packs from the folder.
+    """
     report = Report()
-    if not (state_dir / DATABASE).is_file():
-        raise InvalidArgument(f"{state_dir} is not the folder of a server: it has no {DATABASE}", field="state_dir")
-    store = Store.open(state_dir / DATABASE, read_only=True)
+    store = _open_store(state_dir, database)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             history = _History(store, state_dir, Path(scratch))
@@ -78,6 +80,17 @@ def recompute_from(state_dir: Path, traces: Sequence[Path]) -> Report:
     finally:
         store.close()
     return report
+
+
+def _open_store(state_dir: Path, database: Path | None) -> Store:
+    if database is not None:
+        file = DatabaseFile(database)
+        from oracle_server.state.postgres_database import PostgresDatabase
+
+        return Store(PostgresDatabase(file.url, alone=None))
+    if not (state_dir / DATABASE).is_file():
+        raise InvalidArgument(f"{state_dir} is not the folder of a server: it has no {DATABASE}", field="state_dir")
+    return Store.open(state_dir / DATABASE, read_only=True)
 
 
 def recompute_at(client: Client, traces: Sequence[Path]) -> Report:

@@ -117,6 +117,9 @@ class StepStream:
             self._leases = None
         identity = wire.read_identity(first.open.engine)
         await self._node.tenant_of(identity.experiment)
+        if first.min_generation:
+            # It comes from another server of the fleet, which may be further.
+            await self._node.catch_up(self._node.experiments.find(identity.experiment), first.min_generation)
         live, record = await self._node.attachments.open_stream(
             identity,
             wire.read_facts(first.open.config),
@@ -133,6 +136,8 @@ class StepStream:
             while (request := await self._read()) is not EOF:
                 if request.HasField("open"):
                     raise InvalidArgument("`open` belongs to the first message of a stream only", field="open")
+                if live.snapshot.generation < request.min_generation:
+                    await self._node.catch_up(live, request.min_generation)
                 await self._answer(request, live, record, identity, pb.StreamStepsResponse())
             # A broken connection reads as the end too (grpcio 1.85); its cancellation follows with the next turns.
             await asyncio.sleep(BREAK_SECONDS)

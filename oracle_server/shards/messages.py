@@ -62,6 +62,13 @@ class CloseStream(msgspec.Struct, frozen=True):
     counts: EngineCounts
 
 
+class CatchUp(msgspec.Struct, frozen=True):
+    """An engine at a shard has seen a generation at another server of the fleet."""
+
+    experiment: str
+    generation: int
+
+
 class EndStream(msgspec.Struct, frozen=True):
     """A stream has to end: a newer one has taken its engine over."""
 
@@ -95,7 +102,8 @@ class Report(msgspec.Struct, frozen=True):
 OPEN_STREAM = Method("OpenStream", OpenStream, OpenedStream)
 CLOSE_STREAM = Method("CloseStream", CloseStream, type(None))
 # An experiment the shard does not know: the error that is due, or nothing.
-FIND_TENANT = Method("FindTenant", str, type(None))
+FIND_EXPERIMENT = Method("FindExperiment", str, type(None))
+CATCH_UP = Method("CatchUp", CatchUp, type(None))
 
 # To a shard.
 PREPARE = Method("Prepare", tuple[str, ...], type(None))

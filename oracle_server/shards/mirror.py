@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 from oracle_server import pack as packs
 from oracle_server.errors import Draining, OracleError, StaleGeneration, Unavailable
 from oracle_server.shards.calls import Peer, read_failure
-from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, CloseStream, EndStream, OpenStream
+from oracle_server.shards.messages import (
+    CATCH_UP,
+    CLOSE_STREAM,
+    FIND_EXPERIMENT,
+    OPEN_STREAM,
+    CatchUp,
+    CloseStream,
+    EndStream,
+    OpenStream,
+)
 from oracle_server.state import names
 from oracle_server.state.credentials import Admission, Credentials
 from oracle_server.state.engines import EngineCounts, EngineRecord, EngineStream
@@ -55,7 +64,14 @@ class Mirror:
         if tenant in self._over_rate:
             raise over_rate(tenant)
         if names.experiment_name(tenant, experiment) not in self.experiments.live:
-            await self._parent.call(FIND_TENANT, tenant, PARENT_SECONDS)
+            await self._parent.call(FIND_EXPERIMENT, names.experiment_name(tenant, experiment), PARENT_SECONDS)
+
+    async def catch_up(self, live: LiveExperiment, generation: int) -> None:
+        """As Node.catch_up: the parent asks the database, and this shard has followed when it has answered."""
+        if live.snapshot.generation >= generation:
+            return
+        await self._parent.call(CATCH_UP, CatchUp(live.name, generation), PARENT_SECONDS)
+        live.snapshot.check_generation(generation)
 
     async def prepare(self, digests: Sequence[str]) -> None:
         """Map packs and hold them for a while; the first time compile the kernels."""

@@ -28,13 +28,14 @@ from oracle_server.server import (
     open_registry,
     options,
     serve_metrics,
+    shared_state,
     started,
 )
 from oracle_server.service_manager import tell_ready, tell_stopping
 from oracle_server.shards.addresses import Reservation
 from oracle_server.shards.calls import SERVICE, handler_of
 from oracle_server.shards.counts import SummedCollector, add_counts, counts_of
-from oracle_server.shards.messages import CLOSE_STREAM, FIND_TENANT, OPEN_STREAM, ShardTask
+from oracle_server.shards.messages import CATCH_UP, CLOSE_STREAM, FIND_EXPERIMENT, OPEN_STREAM, ShardTask
 from oracle_server.shards.pool import ShardPool
 from oracle_server.shards.streams import ShardStreams
 from oracle_server.state.node import Node
@@ -82,7 +83,7 @@ async def serve_sharded(config: ServerConfig) -> int:
     pool = ShardPool(config.shards, task_of, events, metrics)
     # Shards map packs from the parent's folder, so it alone brings them.
     registry = open_registry(config)
-    node = Node(config.state_dir, followers=pool, remote=registry)
+    node = Node(config.state_dir, followers=pool, **shared_state(config, registry))
     streams = ShardStreams(node)
     spans = open_spans(os.environ, events)
     traced = () if spans is None else spans.interceptors(METHODS)
@@ -90,7 +91,16 @@ async def serve_sharded(config: ServerConfig) -> int:
     server = grpc.aio.server(interceptors=(*traced, *gates), options=options())
     add_services(server, node, metrics, events, leases=config.leases)
     server.add_generic_rpc_handlers(
-        (handler_of([(OPEN_STREAM, streams.open), (CLOSE_STREAM, streams.close), (FIND_TENANT, streams.find_tenant)]),)
+        (
+            handler_of(
+                [
+                    (OPEN_STREAM, streams.open),
+                    (CLOSE_STREAM, streams.close),
+                    (FIND_EXPERIMENT, streams.find_experiment),
+                    (CATCH_UP, streams.catch_up),
+                ]
+            ),
+        )
     )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 
 from oracle_server.errors import Draining, OracleError, Unavailable
 from oracle_server.shards.calls import Peer, write_failure
-from oracle_server.shards.messages import END_STREAM, CloseStream, EndStream, OpenedStream, OpenStream
+from oracle_server.shards.messages import END_STREAM, CatchUp, CloseStream, EndStream, OpenedStream, OpenStream
+from oracle_server.state import names
 from oracle_server.state.engines import EngineCounts, EngineRecord
 from oracle_server.state.node import Node
 
@@ -72,9 +73,16 @@ class ShardStreams:
             await self._close(place, by_engine=False)
         self._given_up = {place for place in self._given_up if place[0] != process}
 
-    async def find_tenant(self, tenant: str) -> None:
-        """As Node.tenant."""
-        await self._node.tenant(tenant)
+    async def find_experiment(self, name: str) -> None:
+        """As Node.tenant and Node.look_for; what is found has reached the shards."""
+        await self._node.tenant(names.parse_experiment(name, "experiment")[0])
+        await self._node.look_for(name)
+        if name in self._node.experiments.behind:
+            self._node.experiments.find(name)
+
+    async def catch_up(self, request: CatchUp) -> None:
+        """As Node.catch_up."""
+        await self._node.catch_up(self._node.experiments.find(request.experiment), request.generation)
 
     async def open(self, request: OpenStream) -> OpenedStream:
         """As Attachments.open_stream."""

@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from oracle_server import pack as packs
 from oracle_server.errors import (
     AcceptanceUnknown,
+    DatabaseUnavailable,
     EngineIdTaken,
     InvalidArgument,
     NoRuleMatches,
     QuotaExceeded,
     StaleGeneration,
 )
+from oracle_server.state import names
 from oracle_server.state.engines import (
     ATTACH_SECONDS,
     LINGER_SECONDS,
+    ElsewhereStream,
     EngineRecord,
     EngineStream,
     check_engine,
@@ -26,9 +29,10 @@ from oracle_server.state.engines import (
 )
 from oracle_server.state.experiments import Experiments, LiveExperiment
 from oracle_server.state.identity import EngineIdentity, pack_of
+from oracle_server.state.presence import read_presence, write_presence
 from oracle_server.state.records import Records
 from oracle_server.state.snapshot import LoadedPack
-from oracle_server.state.store import EngineRow
+from oracle_server.state.store import EnginePlace, EngineRow
 
 _MAX_INCARNATION = 2**62
 
@@ -52,6 +56,9 @@ class Attachments:
         self._experiments = experiments
         self._records = records
         self._monotonic = monotonic
+        # Where several servers share the database: this one's name there, and who tells the others where engines are.
+        self.server = ""
+        self.place: Callable[[EngineRecord], None] = _nobody
 
     async def attach(
         self, identity: EngineIdentity, facts: packs.EngineFacts, device_generation: int, allowed: frozenset[str]
@@ -74,7 +81,9 @@ class Attachments:
     ) -> tuple[LiveExperiment, EngineRecord]:
         """Give the engine's steps a stream. The engine may be unknown here: the server restarted since it attached."""
         self._experiments.find(identity.experiment)
-        change = self._records.change(self._open_stream(identity, facts, incarnation, allowed, stream))
+        # Without a turn: an engine that is known comes back whatever the database does.
+        opened = self._open_stream(identity, facts, incarnation, allowed, stream)
+        change = self._records.change(opened, in_turn=False)
         opening = asyncio.ensure_future(change)
         try:
             return await asyncio.shield(opening)
@@ -96,6 +105,54 @@ class Attachments:
             record.stream = None
             record.ended, record.closed = True, by_engine
             record.since = self._monotonic()
+            self.place(record)
+
+    def learn(self, place: EnginePlace, *, is_to_be_written: bool) -> None:
+        """Take over where an engine is, as the database has it. Under the lock of memory.
+
+        `is_to_be_written`: where it is by the word of this server is not in the database yet.
+        """
+        live = self._experiments.get(names.experiment_name(place.tenant, place.experiment))
+        if live is None:
+            return
+        record = live.engines.get(place.engine_id)
+        presence = read_presence(place.presence)
+        if record is not None and record.incarnation == place.incarnation:
+            record.accepted_digest = place.accepted_digest
+            is_here = record.stream is not None and not isinstance(record.stream, ElsewhereStream)
+            # Its stream came after what was read.
+            if is_here and (is_to_be_written or place.revision <= record.placed):
+                return
+        if place.server == self.server or (record is not None and record.incarnation > place.incarnation):
+            return
+        if record is None or record.incarnation < place.incarnation:
+            if record is not None and record.stream is not None:
+                record.stream.end(_attached_again(place.engine_id, place.incarnation, record.incarnation))
+            if presence is None:
+                live.engines.pop(place.engine_id, None)
+                return
+            key = (place.incarnation, place.accepted_digest)
+            record = EngineRecord(presence.identity, presence.facts, *key, presence.allowed, since=self._monotonic())
+            live.engines[place.engine_id] = record
+        is_elsewhere = isinstance(record.stream, ElsewhereStream)
+        if presence is not None and presence.has_stream:
+            if record.stream is not None and not is_elsewhere:
+                record.stream.end(_replaced(place.engine_id))
+            record.identity, record.facts, record.allowed = presence.identity, presence.facts, presence.allowed
+            record.elsewhere, record.stream = place.server, ElsewhereStream()
+            record.ended = record.closed = False
+        elif record.stream is not None and not is_elsewhere:
+            # It is here: the other server has noticed late that it went.
+            self.place(record)
+        elif is_elsewhere or not record.ended:
+            record.elsewhere, record.stream = place.server, None
+            record.ended, record.closed = presence is None or presence.ended, presence is None
+            record.since = self._monotonic()
+
+    def break_off(self, record: EngineRecord) -> None:
+        """The server that an engine is at has gone: its stream is broken, and it may be on its way back."""
+        record.stream, record.ended, record.closed = None, True, False
+        record.since = self._monotonic()
 
     # Below: under the lock of `Records.change`.
 
@@ -115,7 +172,7 @@ class Attachments:
         known = live.engines.get(identity.engine_id)
         if known is not None and known.is_live(now):
             raise _taken(identity, known, now)
-        await self._check_quota(live, identity.engine_id, now)
+        self._check_quota(live, identity.engine_id, now)
         _check_speculation(live, facts)
         passed, refused = check_engine(pack, facts, allowed, frozen=False)
         if refused:
@@ -125,11 +182,13 @@ class Attachments:
         passed += await self._device_differences(live, identity, device_generation, pack)
         kv_blocks = packs.plan_kv_blocks(pack.manifest, facts)
         store = self._records.store
-        incarnation = await self._records.call(
-            store.attach_engine, live.tenant, live.experiment, identity.engine_id, pack.digest
-        )
         given = replace(facts, num_kv_blocks=kv_blocks.blocks)
-        live.engines[identity.engine_id] = EngineRecord(identity, given, incarnation, pack.digest, allowed, since=now)
+        record = EngineRecord(identity, given, 0, pack.digest, allowed, since=now)
+        key = (live.tenant, live.experiment, identity.engine_id)
+        presence = write_presence(record) if self.server else b""
+        incarnation = await self._records.call(store.attach_engine, *key, pack.digest, self.server, presence)
+        record.incarnation = incarnation
+        live.engines[identity.engine_id] = record
         warnings = _sentences(passed)
         if kv_blocks.warning:
             warnings += (kv_blocks.warning,)
@@ -144,18 +203,14 @@ class Attachments:
         stream: EngineStream,
     ) -> tuple[LiveExperiment, EngineRecord]:
         live = self._experiments.find(identity.experiment)
-        store = self._records.store
-        row = await self._records.call(store.engine, live.tenant, live.experiment, identity.engine_id)
+        row = await self._remembered(live, identity.engine_id, incarnation)
         if not 0 < incarnation < _MAX_INCARNATION:
             raise InvalidArgument(
                 f"incarnation is {incarnation}; call AttachEngine first and present its incarnation",
                 field="open.incarnation",
             )
         if row is not None and incarnation < row.incarnation:
-            raise EngineIdTaken(
-                f"the engine id {identity.engine_id!r} was attached again since (incarnation {row.incarnation}, yours "
-                f"is {incarnation}); give each vLLM server its own STEP_ORACLE_ENGINE_ID"
-            )
+            raise _attached_again(identity.engine_id, row.incarnation, incarnation)
         pack = live.snapshot.pack_for(identity)
         _check_speculation(live, facts)
         accepted = EngineRow(incarnation, pack.digest)
@@ -168,27 +223,41 @@ class Attachments:
                     _sentences(refused),
                 )
         if row != accepted:
-            await self._records.call(store.accept_engine, live.tenant, live.experiment, identity.engine_id, accepted)
+            key = (live.tenant, live.experiment, identity.engine_id)
+            await self._records.call(self._records.store.accept_engine, *key, accepted)
         now = self._monotonic()
         self._forget_the_gone(live, now)
         record = live.engines.get(identity.engine_id)
         if record is None or not record.may_return(now):
             # It attached before this server started, or never: the quota binds it all the same.
-            await self._check_quota(live, identity.engine_id, now)
-        await self._experiments.check_streams(live.tenant, instead_of=record)
+            self._check_quota(live, identity.engine_id, now)
+        self._experiments.check_streams(live.tenant, instead_of=record)
         if record is None or record.incarnation != incarnation:
             record = EngineRecord(identity, facts, incarnation, pack.digest, allowed, since=now)
             live.engines[identity.engine_id] = record
         elif record.stream is not None:
-            record.stream.end(
-                EngineIdTaken(f"the engine {identity.engine_id!r} opened a newer stream; this one is answered no more")
-            )
+            record.stream.end(_replaced(identity.engine_id))
         if not facts.num_kv_blocks:
             facts = replace(facts, num_kv_blocks=record.facts.num_kv_blocks)
         record.identity, record.facts, record.allowed = identity, facts, allowed
         record.accepted_digest = pack.digest
         record.stream, record.ended, record.closed = stream, False, False
+        self.place(record)
         return live, record
+
+    async def _remembered(self, live: LiveExperiment, engine_id: str, incarnation: int) -> EngineRow | None:
+        """What the database has of an engine; while it does not answer, what is in memory of one that is known.
+
+        DatabaseUnavailable for one that is not.
+        """
+        try:
+            key = (live.tenant, live.experiment, engine_id)
+            return await self._records.call(self._records.store.engine, *key)
+        except DatabaseUnavailable:
+            record = live.engines.get(engine_id)
+            if record is None or record.incarnation < incarnation:
+                raise
+            return EngineRow(record.incarnation, record.accepted_digest)
 
     async def _device_differences(
         self, live: LiveExperiment, identity: EngineIdentity, device_generation: int, pack: LoadedPack
@@ -220,9 +289,9 @@ class Attachments:
             ),
         )
 
-    async def _check_quota(self, live: LiveExperiment, engine_id: str, now: float) -> None:
+    def _check_quota(self, live: LiveExperiment, engine_id: str, now: float) -> None:
         """QuotaExceeded unless the tenant may have this engine beside its others, those included that may return."""
-        limit = (await self._experiments.tenant(live.tenant)).max_engines
+        limit = self._experiments.tenant(live.tenant).max_engines
         if not limit:
             return
         attached = sum(
@@ -242,6 +311,21 @@ class Attachments:
         ]
         for engine_id in gone:
             del live.engines[engine_id]
+
+
+def _nobody(record: EngineRecord) -> None:
+    """This server is alone: nobody has to be told where its engines are."""
+
+
+def _attached_again(engine_id: str, newer: int, incarnation: int) -> EngineIdTaken:
+    return EngineIdTaken(
+        f"the engine id {engine_id!r} was attached again since (incarnation {newer}, yours is {incarnation}); give "
+        "each vLLM server its own STEP_ORACLE_ENGINE_ID"
+    )
+
+
+def _replaced(engine_id: str) -> EngineIdTaken:
+    return EngineIdTaken(f"the engine {engine_id!r} opened a newer stream; this one is answered no more")
 
 
 def _check_speculation(live: LiveExperiment, facts: packs.EngineFacts) -> None:

@@ -27,6 +27,16 @@ class EngineStream(Protocol):
         """End the stream with the error, soon."""
 
 
+class ElsewhereStream:
+    """Stands for a stream at another server of the fleet, which has its own word of every change."""
+
+    def announce(self, generation: int) -> None:
+        """Nothing: its server does."""
+
+    def end(self, error: OracleError) -> None:
+        """Nothing: its server does, once it has read why."""
+
+
 @dataclass(slots=True)
 class EngineCounts:
     """What an engine did since this server knows it."""
@@ -69,6 +79,9 @@ class EngineRecord:
     # counts.steps as of the last look at its tenant's rate, and whether it took some while that was over the quota.
     rated_steps: int = 0
     degraded: bool = False
+    # The server of the fleet that has it; empty: this one. And the revision with which that was last written here.
+    elsewhere: str = ""
+    placed: int = 0
 
     def is_live(self, now: float) -> bool:
         """True while it has a stream, or may still open its first one: nobody else can have its id."""

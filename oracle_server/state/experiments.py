@@ -23,6 +23,7 @@ from oracle_server.errors import (
     OracleError,
     PackNotFound,
     QuotaExceeded,
+    StaleGeneration,
     TenantNotFound,
 )
 from oracle_server.state import binding as bindings
@@ -37,6 +38,7 @@ from oracle_server.state.snapshot import LoadedPack, Snapshot
 from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
 
 WATCH_BATCH = 100
+TENANTS_BATCH = 1000
 
 _log = logging.getLogger("step_oracle.experiments")
 
@@ -53,6 +55,7 @@ class LiveExperiment:
         "experiment",
         "name",
         "rated_steps",
+        "sampled_elsewhere",
         "sampled_steps",
         "shadows",
         "snapshot",
@@ -71,8 +74,9 @@ class LiveExperiment:
         # What this process compared; other processes have their own.
         self.shadows = ShadowBook()
         self.deleted = False
-        # Steps answered by SampleStep, and how many there were at the last look at the tenant's rate.
-        self.sampled_steps = self.rated_steps = 0
+        # Steps answered by SampleStep, here and at other servers of the fleet, and how many there were at the last look
+        # at the tenant's rate.
+        self.sampled_steps = self.sampled_elsewhere = self.rated_steps = 0
         # Open WatchExperiment calls.
         self.watches = 0
         # Replaced at every change; whoever waits takes the event first and looks at the state after.
@@ -164,18 +168,54 @@ class Experiments:
         self._monotonic = monotonic
         self._now_ns = now_ns
         self._live: dict[str, LiveExperiment] = {}
+        self._tenants: dict[str, TenantRow] = {}
+        # Generations another server of the fleet has made current and whose packs cannot be had here, by name.
+        self.behind: dict[str, ExperimentRow] = {}
         self._draining = False
 
     async def load(self) -> None:
-        """Bring the stored experiments into memory, their packs mapped and their kernels compiled.
+        """Bring tenants and stored experiments into memory, their packs mapped and their kernels compiled.
 
         Packs that are neither here nor to be had are left out; `complete` brings them.
         """
+        after = ""
+        while tenants := await self._records.call(self._records.store.tenants, after, TENANTS_BATCH):
+            self._tenants |= {row.tenant: row for row in tenants}
+            after = tenants[-1].tenant
         rows = await self._records.call(self._records.store.experiments)
         snapshots = await asyncio.gather(*(self._open(row.tenant, row.experiment, row.current) for row in rows))
         for row, snapshot in zip(rows, snapshots, strict=True):
-            live = LiveExperiment(row, snapshot)
-            self._live[live.name] = live
+            self.take(row, snapshot)
+
+    async def open_row(self, row: ExperimentRow) -> Snapshot:
+        """What answers from a stored generation; the OracleError of a pack that cannot be had."""
+        name = names.experiment_name(row.tenant, row.experiment)
+        loaded = {digest: await self.load_pack(digest) for digest in row.current.binding.digests()}
+        return Snapshot(name, row.current.generation, row.current.binding, loaded)
+
+    def take(self, row: ExperimentRow, snapshot: Snapshot) -> None:
+        """Answer from a stored generation. Its engines have been asked about by whoever made it current."""
+        live = self._live.get(snapshot.experiment)
+        if live is None:
+            self._live[snapshot.experiment] = LiveExperiment(row, snapshot)
+        else:
+            live.create_time_ns = row.create_time_ns
+            live.flip(row.current, snapshot)
+
+    def drop(self, name: str) -> None:
+        """Answer for an experiment no more that has been deleted."""
+        live = self._live.pop(name, None)
+        if live is not None:
+            live.deleted = True
+            live.wake()
+
+    async def load_pack(self, digest: str) -> LoadedPack:
+        """A stored pack, mapped and warm, from wherever it lies; StoreFailed, Unavailable, PackInvalid."""
+        return await self._supply.load(digest)
+
+    def get(self, name: str) -> LiveExperiment | None:
+        """The experiment of that resource name, if it is here."""
+        return self._live.get(name)
 
     async def complete(self) -> None:
         """Bring the packs that snapshots lack; engines they answer are let in from then on. Logs what fails."""
@@ -185,14 +225,16 @@ class Experiments:
                 found = await self._open(live.tenant, live.experiment, live.current)
                 if found.missing.keys() < lacking.missing.keys():
                     await self._followers.prepare(tuple(found.packs))
-                    await self._records.change(self._complete(live, lacking, found))
+                    await self._records.change(self._complete(live, lacking, found), in_turn=False)
             except OracleError as error:
                 _log.warning("packs of %s cannot be brought: %s", live.name, error.message)
 
     def find(self, name: str) -> LiveExperiment:
-        """The experiment of that resource name; ExperimentNotFound."""
+        """The experiment of that resource name; ExperimentNotFound, StaleGeneration where its packs are not here."""
         live = self._live.get(name)
         if live is None:
+            if name in self.behind:
+                raise StaleGeneration(f"this server has not got the packs of {name} yet; retry, here or elsewhere")
             raise not_found(name)
         return live
 
@@ -208,15 +250,27 @@ class Experiments:
         )
         return mine[:limit]
 
-    def naming(self, tenant: str, digest: str) -> list[LiveExperiment]:
-        """Experiments of a tenant whose current binding names the pack."""
-        return [
-            live for live in self._live.values() if live.tenant == tenant and digest in live.current.binding.digests()
-        ]
+    def naming(self, tenant: str, digest: str) -> list[str]:
+        """Names of a tenant's experiments whose current binding names the pack."""
+        current = {name: (live.tenant, live.current.binding) for name, live in self._live.items()}
+        current |= {name: (row.tenant, row.current.binding) for name, row in self.behind.items()}
+        return [name for name, (owner, binding) in current.items() if owner == tenant and digest in binding.digests()]
 
-    async def tenant(self, tenant: str) -> TenantRow:
+    def know_tenant(self, row: TenantRow) -> None:
+        """A tenant as it is in the database."""
+        self._tenants[row.tenant] = row
+
+    def forget_tenant(self, tenant: str) -> None:
+        """A tenant that has been deleted."""
+        self._tenants.pop(tenant, None)
+
+    def knows_tenant(self, tenant: str) -> bool:
+        """Whether there is such a tenant, as far as this server knows."""
+        return tenant in self._tenants
+
+    def tenant(self, tenant: str) -> TenantRow:
         """The tenant's row; TenantNotFound."""
-        row = await self._records.call(self._records.store.tenant, tenant)
+        row = self._tenants.get(tenant)
         if row is None:
             raise TenantNotFound(
                 f"there is no tenant {names.tenant_name(tenant)}; `step-oracle tenant list` shows them"
@@ -230,7 +284,7 @@ class Experiments:
         names.check_experiment_id(experiment, "experiment_id")
         names.check_comment(author.comment, "comment")
         bindings.check(binding)
-        await self.tenant(tenant)
+        self.tenant(tenant)
         loaded = await self._load_packs(tenant, binding)
         return await self._records.change(self._create(tenant, experiment, binding, loaded, author))
 
@@ -284,7 +338,7 @@ class Experiments:
     async def watch(self, name: str, after_generation: int) -> AsyncIterator[tuple[LiveExperiment, GenerationRow]]:
         """The present generation, unless it is `after_generation`, then each new one."""
         live = self.find(name)
-        await self.check_streams(live.tenant)
+        self.check_streams(live.tenant)
         live.watches += 1
         try:
             async for watched in self._watch(live, after_generation):
@@ -292,9 +346,9 @@ class Experiments:
         finally:
             live.watches -= 1
 
-    async def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
+    def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
         """QuotaExceeded unless the tenant may open one more stream; that of the engine `instead_of` does not count."""
-        limit = (await self.tenant(tenant)).max_streams
+        limit = self.tenant(tenant).max_streams
         mine = [live for live in self._live.values() if live.tenant == tenant]
         engines = sum(e.stream is not None and e is not instead_of for live in mine for e in live.engines.values())
         watches = sum(live.watches for live in mine)
@@ -349,7 +403,7 @@ class Experiments:
 
     async def join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
         """Let a follower begin: it gets every experiment as it is now, and nothing changes until it has."""
-        await self._records.change(self._join(join))
+        await self._records.change(self._join(join), in_turn=False)
 
     def drain(self) -> None:
         """End every watch and every open stream with Draining."""
@@ -366,7 +420,7 @@ class Experiments:
         self, tenant: str, experiment: str, binding: Binding, loaded: dict[str, LoadedPack], author: Author
     ) -> LiveExperiment:
         name = names.experiment_name(tenant, experiment)
-        await self.tenant(tenant)
+        self.tenant(tenant)
         if name in self._live:
             raise ExperimentExists(
                 f"the experiment {name} exists; `step-oracle experiment activate` changes what it answers"
@@ -423,9 +477,7 @@ class Experiments:
             raise ExperimentInUse(f"{attached} engines are attached to {name}; stop them first")
         await self._records.call(self._records.store.delete_experiment, live.tenant, live.experiment)
         await self._followers.forget(name)
-        del self._live[name]
-        live.deleted = True
-        live.wake()
+        self.drop(name)
 
     async def _join(self, join: Callable[[list[ExperimentRow]], Awaitable[None]]) -> None:
         await join(
@@ -445,7 +497,7 @@ class Experiments:
 
     async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
         await self._check_packs(tenant, binding)
-        loaded = {digest: await self._supply.load(digest) for digest in binding.digests()}
+        loaded = {digest: await self.load_pack(digest) for digest in binding.digests()}
         for digest, pack in loaded.items():
             stages = pack.manifest.parallel.pipeline
             if stages > 1:

@@ -72,7 +72,9 @@ class PackSupply:
         try:
             await remote.fetch(digest, directory)
             async with self.checking:
-                await asyncio.to_thread(self.files.keep, directory, digest)
+                # It may have been uploaded meanwhile, and be on its way from its folder to the registry.
+                if not await asyncio.to_thread(self.files.has, digest):
+                    await asyncio.to_thread(self.files.keep, directory, digest)
         except PackInvalid as error:
             raise StoreFailed(
                 f"the registry's copy of the pack {digest} is refused: {error.message}; delete it there and push the "

@@ -141,7 +141,7 @@ class Packs:
         await self._records.call(self._records.store.add_pack, row)
 
     async def _check_quota(self, tenant: str, size_bytes: int) -> None:
-        limits = await self._experiments.tenant(tenant)
+        limits = self._experiments.tenant(tenant)
         count, total = await self._records.call(self._records.store.pack_totals, tenant)
         if limits.max_packs and count >= limits.max_packs:
             raise QuotaExceeded(
@@ -166,9 +166,7 @@ class Packs:
         await self.get(tenant, digest)
         users = self._experiments.naming(tenant, digest)
         if users:
-            raise PackInUse(
-                f"{digest} answers for {', '.join(live.name for live in users[:5])}; activate another pack there first"
-            )
+            raise PackInUse(f"{digest} answers for {', '.join(users[:5])}; activate another pack there first")
         return await self._records.call(self._records.store.delete_pack, tenant, digest)
 
     async def _clear(self, digest: str, remote: PackRemote | None) -> None:

@@ -97,8 +97,9 @@ class StepRates:
         """(steps since the last call, the engines that took some)."""
         total, active = 0, []
         for live in self._of(tenant):
-            total += live.sampled_steps - live.rated_steps
-            live.rated_steps = live.sampled_steps
+            sampled = live.sampled_steps + live.sampled_elsewhere
+            total += sampled - live.rated_steps
+            live.rated_steps = sampled
             for engine in live.engines.values():
                 steps = engine.counts.steps - engine.rated_steps
                 engine.rated_steps = engine.counts.steps

@@ -202,7 +202,8 @@ class Transport(Registry):  # type: ignore[misc]  # oras has no types
             return True
         realm = parse_auth_header(challenge).realm or ""
         if not realm.startswith("https://") and not (self._plaintext and self._is_here(realm)):
-            raise self.unavailable(f"names the token service {_shown(realm) or '(none)'}; only one by https is asked")
+            service = _shown(realm) or "(none)"
+            raise self.unavailable(f"names the token service {service}; only one by https is asked", answered=True)
         # Each challenge has its own scope: a token that may pull may not push.
         self.auth.token = None
         if self._credentials:

@@ -15,7 +15,7 @@ from oracle_server.state.experiments import Experiments, Followers
 from oracle_server.state.principal import SCOPE_ADMIN, SCOPE_ENGINE, SCOPE_OPERATOR, Principal
 from oracle_server.state.rates import StepRates
 from oracle_server.state.records import Records
-from oracle_server.state.store import TenantRow, TokenRow
+from oracle_server.state.store import Changes, TenantRow, TokenRow
 
 # The old one and the new one, while their holders change over.
 MAX_VALID_TOKENS = 2
@@ -62,14 +62,31 @@ class Tenants:
 
     async def trust_operator(self, hashes: Iterable[bytes]) -> None:
         """Take these as the operator's secrets from now on."""
-        await self._records.change(self._trust_operator(_operators(hashes)))
+        await self._records.change(self._trust_operator(_operators(hashes)), in_turn=False)
+
+    async def learn(self, changes: Changes, own: Followers) -> None:
+        """Take over what another server has changed; `own`: the shards of this server. Under the lock of memory."""
+        for row in changes.tenants:
+            self._experiments.know_tenant(row)
+            self._rates.limit(row)
+        for tenant in changes.deleted_tenants:
+            self._experiments.forget_tenant(tenant)
+            self._rates.limit(TenantRow(tenant))
+        for token in changes.tokens:
+            if token.revoke_time_ns:
+                self._tokens.pop((token.tenant, token.number), None)
+            else:
+                self._know(token)
+        if changes.tenants or changes.deleted_tenants or changes.tokens:
+            await self._admit(own)
 
     async def check_rates(self) -> None:
         """Look at the step rates, and tell the followers whose steps are refused; called once a second."""
         before = self._rates.refused
         await self._rates.check()
         if self._rates.refused != before:
-            await self._records.change(self._admit())
+            # Nothing of the database: the other servers of a fleet look themselves.
+            await self._records.change(self._admit(), in_turn=False)
 
     async def page(self, after: str, limit: int) -> list[TenantRow]:
         """Tenants in the order of their names, those behind `after`."""
@@ -110,36 +127,38 @@ class Tenants:
         await self._admit()
 
     async def _create(self, row: TenantRow) -> TenantRow:
-        if await self._records.call(self._records.store.tenant, row.tenant) is not None:
+        if self._experiments.knows_tenant(row.tenant):
             raise TenantExists(
                 f"{names.tenant_name(row.tenant)} exists; `step-oracle tenant update` changes what it may use"
             )
         return await self._write(row)
 
     async def _update(self, row: TenantRow) -> TenantRow:
-        await self._experiments.tenant(row.tenant)
+        self._experiments.tenant(row.tenant)
         return await self._write(row)
 
     async def _write(self, row: TenantRow) -> TenantRow:
         await self._records.call(self._records.store.write_tenant, row)
+        self._experiments.know_tenant(row)
         self._rates.limit(row)
         await self._admit()
         return row
 
     async def _delete(self, tenant: str) -> None:
-        await self._experiments.tenant(tenant)
+        self._experiments.tenant(tenant)
         experiments = [live.name for live in self._experiments.all() if live.tenant == tenant]
         packs = [row.digest for row in await self._records.call(self._records.store.packs, tenant, "", _SHOWN + 1)]
         if experiments or packs:
             kinds = [_listed(kind, found) for kind, found in (("experiments", experiments), ("packs", packs)) if found]
             raise TenantInUse(f"{names.tenant_name(tenant)} has {' and '.join(kinds)}; delete them first")
         await self._records.call(self._records.store.delete_tenant, tenant, self._now_ns())
+        self._experiments.forget_tenant(tenant)
         self._tokens = {key: principal for key, principal in self._tokens.items() if key[0] != tenant}
         self._rates.limit(TenantRow(tenant))
         await self._admit()
 
     async def _issue(self, tenant: str, scope: str, secret_sha256: bytes, comment: str) -> TokenRow:
-        await self._experiments.tenant(tenant)
+        self._experiments.tenant(tenant)
         valid = [
             principal.name
             for principal in self._tokens.values()
@@ -174,10 +193,10 @@ class Tenants:
         name = names.token_name(row.tenant, row.number)
         self._tokens[row.tenant, row.number] = Principal(name, row.scope, row.tenant, row.secret_sha256)
 
-    async def _admit(self) -> None:
+    async def _admit(self, followers: Followers | None = None) -> None:
         admission = self.admission()
         # The other processes first: a revoked token is taken nowhere once it is not taken here.
-        await self._followers.admit(admission)
+        await (followers or self._followers).admit(admission)
         self._credentials.replace(admission.principals)
 
 

@@ -25,6 +25,10 @@ def test_a_flag_goes_before_its_variable_and_that_before_the_default() -> None:
     assert read_config({}).leases
     assert not read_config({}, leases=False).leases
     assert not read_config({"STEP_ORACLE_LEASES": "0"}).leases
+    shared = read_config({"STEP_ORACLE_DATABASE": "/d", "STEP_ORACLE_PACK_FOLDER": "/p"})
+    assert (shared.database, shared.pack_folder) == (Path("/d"), Path("/p"))
+    assert read_config({"STEP_ORACLE_DATABASE": "/d"}, database=Path("/e")).database == Path("/e")
+    assert (config.database, config.pack_folder) == (None, None)
     assert read_config({"XDG_STATE_HOME": "/x"}).state_dir == Path("/x/step-oracle")
 
 
@@ -56,6 +60,7 @@ def test_everything_else_is_refused(address: str) -> None:
         {"STEP_ORACLE_TLS_CERT": "c"},
         {"STEP_ORACLE_TLS_KEY": "k"},
         {"STEP_ORACLE_TLS_CLIENT_CA": "a"},
+        {"STEP_ORACLE_PACK_FOLDER": "/p"},
     ],
 )
 def test_a_variable_that_cannot_be_is_refused(environment: dict[str, str]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from builders import build_constant_pack
 from oracle_server.state.binding import Binding
+from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.node import Node
+from postgres_server import PostgresServer, file_of
+from stored_packs import store_pack
 
 
 @dataclass
@@ -29,10 +31,14 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-async def node(tmp_path: Path, clock: Clock) -> AsyncIterator[Node]:
-    """An empty server's state, ready."""
-    opened = Node(tmp_path / "state", monotonic=clock, now_ns=lambda: int(clock() * 1e9))
+@pytest.fixture(params=["sqlite", "postgres"])
+async def node(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Node]:
+    """An empty server's state, ready: over a file, or over a PostgreSQL."""
+    database = None
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        database = DatabaseFile(file_of(server.new_database(), tmp_path / "database"))
+    opened = Node(tmp_path / "state", monotonic=clock, now_ns=lambda: int(clock() * 1e9), database=database)
     await opened.open()
     yield opened
     await opened.close()
@@ -43,14 +49,7 @@ def add_pack(node: Node, tmp_path: Path) -> Callable[..., object]:
     """Builds a constant pack and stores it; awaits to its digest."""
 
     async def add(latency_ns: int = 10_000_000, **overrides: Any) -> str:
-        directory = tmp_path / f"pack-{latency_ns}"
-        build_constant_pack(directory, latency_ns=latency_ns, **overrides)
-        manifest_json = (directory / "manifest.json").read_bytes()
-        async with node.packs.upload("default", manifest_json) as upload:
-            for entry in upload.manifest.files:
-                await node.packs.write(upload, entry.name, (directory / entry.name).read_bytes())
-            row, _, _ = await node.packs.keep("default", upload, check_only=False)
-        return row.digest
+        return await store_pack(node, tmp_path / f"pack-{latency_ns}", latency_ns, **overrides)
 
     return add
 

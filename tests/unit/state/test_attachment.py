@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -16,6 +14,7 @@ from oracle_server.state.binding import Binding
 from oracle_server.state.engines import ATTACH_SECONDS, LINGER_SECONDS
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.node import Node
+from oracle_server.state.store import TenantRow
 
 NAME = "tenants/default/experiments/default"
 ENGINE = EngineIdentity(NAME, "a", {}, "m", 1)
@@ -159,10 +158,8 @@ async def test_an_activation_is_announced_to_open_streams(node: Node, digest: st
     assert stream.announced == [2]
 
 
-async def test_quotas_of_the_tenant_hold(node: Node, digest: str, add_pack: AddPack, tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "state" / "oracle.db") as db:
-        db.execute("UPDATE tenant SET max_engines = 1, max_packs = 1")
-    db.close()
+async def test_quotas_of_the_tenant_hold(node: Node, digest: str, add_pack: AddPack) -> None:
+    await node.tenants.update(TenantRow("default", max_engines=1, max_packs=1))
     await attach(node)
     with pytest.raises(QuotaExceeded, match="1 engines attached; allowed: 1"):
         await attach(node, EngineIdentity(NAME, "b", {}, "m", 1))

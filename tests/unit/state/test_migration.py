@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from oracle_server.errors import StoreFailed
-from oracle_server.state import store as stores
+from oracle_server.state import sqlite_database
 from oracle_server.state.binding import Binding, encode
-from oracle_server.state.migrations import MIGRATIONS, SCHEMA_VERSION
+from oracle_server.state.migrations import SCHEMA_VERSION, SQLITE
 from oracle_server.state.store import Author, EngineRow, GenerationRow, PackRow, Store, TenantRow
 
 # As the servers of version 1 made it.
@@ -81,7 +81,7 @@ def version_of(path: Path) -> int:
 def test_everything_of_version_1_is_there_and_who_did_it_was_local(path: Path) -> None:
     store = Store.open(path)
 
-    assert version_of(path) == SCHEMA_VERSION == 2
+    assert version_of(path) == SCHEMA_VERSION == 3
     assert store.tenants("", 10) == [TenantRow("default", 7, 0, 3, 1000, max_streams=0, over_rate="mark")]
     assert store.packs("default", "", 10) == [PackRow("default", "sha256:a", b"{}", 17, 5)]
     assert store.engine("default", "e", "x") == EngineRow(9, "sha256:a")
@@ -104,15 +104,15 @@ def test_a_migrated_database_and_a_new_one_have_the_same_schema(path: Path, tmp_
 
 def test_a_migration_that_fails_half_way_leaves_version_1(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = columns(path)
-    broken = {2: f"{MIGRATIONS[2]}; DROP TABLE no_such_table"}
-    monkeypatch.setattr(stores, "MIGRATIONS", broken)
+    broken = SQLITE | {2: f"{SQLITE[2]}; DROP TABLE no_such_table"}
+    monkeypatch.setattr(sqlite_database, "SQLITE", broken)
     with pytest.raises(StoreFailed, match="no_such_table"):
         Store.open(path)
 
     assert (columns(path), version_of(path)) == (before, 1)
     monkeypatch.undo()
     Store.open(path).close()
-    assert version_of(path) == 2
+    assert version_of(path) == SCHEMA_VERSION
 
 
 def test_a_database_that_is_only_read_is_not_migrated(path: Path) -> None:
@@ -123,6 +123,6 @@ def test_a_database_that_is_only_read_is_not_migrated(path: Path) -> None:
 
 def test_a_database_of_a_newer_server_is_refused(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE schema_version SET version = 3")
-    with pytest.raises(StoreFailed, match="has schema version 3, this server knows 2"):
+        db.execute("UPDATE schema_version SET version = 4")
+    with pytest.raises(StoreFailed, match="has schema version 4, this server knows 3"):
         Store.open(path)

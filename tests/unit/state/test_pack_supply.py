@@ -66,7 +66,7 @@ def remote(tmp_path: Path) -> FolderRemote:
 @pytest.fixture
 async def fleet(tmp_path: Path, remote: FolderRemote) -> AsyncIterator[Node]:
     """A server of a fleet whose packs `remote` keeps; the tenants default and acme."""
-    opened = Node(tmp_path / "state", remote=remote)
+    opened = Node(tmp_path / "state", pack_remote=remote)
     await opened.open()
     await opened._records.call(opened._records.store.write_tenant, TenantRow("acme"))
     yield opened
@@ -197,7 +197,7 @@ async def test_a_server_without_a_fleet_says_what_it_lacks(tmp_path: Path) -> No
 async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
     remote: FolderRemote, tmp_path: Path
 ) -> None:
-    fleet = Node(tmp_path / "state", remote=remote)
+    fleet = Node(tmp_path / "state", pack_remote=remote)
     await fleet.open()
     (first, first_folder), (second, second_folder), (third, third_folder) = (make(tmp_path, n) for n in (1, 2, 3))
     for digest, folder in ((first, first_folder), (second, second_folder), (third, third_folder)):
@@ -209,7 +209,7 @@ async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
     shutil.rmtree(files._compiled / second.removeprefix("sha256:"))
     (files.place(second) / "operators.parquet").write_bytes(b"damaged")
     remote.calls.clear()
-    again = Node(tmp_path / "state", remote=remote)
+    again = Node(tmp_path / "state", pack_remote=remote)
     assert await again.open() == []
     assert remote.calls == ["fetch", "fetch"]
     assert all(files_of(again).has(digest) for digest in (first, second, third))
@@ -220,7 +220,7 @@ async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
 async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_generation(
     remote: FolderRemote, tmp_path: Path
 ) -> None:
-    fleet = Node(tmp_path / "state", remote=remote)
+    fleet = Node(tmp_path / "state", pack_remote=remote)
     await fleet.open()
     digest, folder = make(tmp_path)
     await store(fleet, folder)
@@ -228,7 +228,7 @@ async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_g
     await fleet.close()
     files_of(fleet).remove(digest)
     remote.failure = PackRegistryUnavailable("down")
-    again = Node(tmp_path / "state", remote=remote)
+    again = Node(tmp_path / "state", pack_remote=remote)
     await again.open()
     live = again.experiments.find(name)
     assert (live.snapshot.missing, live.snapshot.packs, live.current.generation) == ({digest: "down"}, {}, 1)
@@ -249,7 +249,9 @@ async def test_a_deletion_is_answered_while_the_registry_hangs_and_ends_with_it(
     await asyncio.wait_for(fleet.packs.delete("default", digest), 20)
     assert await fleet.packs.find("default", digest) is None
     again = asyncio.create_task(store(fleet, folder))
-    await until(lambda: remote.calls == ["push", "delete"])
+    turn = fleet.packs._turn(digest)
+    await until(lambda: len(remote.calls) > 2 or bool(turn._waiters))
+    assert remote.calls == ["push", "delete"]
     remote.gate.set()
     # Stored anew after the deletion has ended, and not lost in it.
     await again
@@ -292,7 +294,7 @@ async def test_a_pack_that_one_tenant_deletes_while_another_stores_it_keeps_its_
     tmp_path: Path, kept_by: str | None
 ) -> None:
     remote = FolderRemote(tmp_path / "remote") if kept_by else None
-    node = Node(tmp_path / "state", remote=remote)
+    node = Node(tmp_path / "state", pack_remote=remote)
     await node.open()
     await node._records.call(node._records.store.write_tenant, TenantRow("acme"))
     digest, folder = make(tmp_path)
@@ -326,7 +328,8 @@ async def test_a_pack_that_one_tenant_stores_while_another_deletes_it_gets_files
     deleting = asyncio.create_task(fleet.packs.delete("default", digest))
     await until(removing.begun.is_set)
     storing = asyncio.create_task(store(fleet, folder, "acme"))
-    await until(lambda: any(files_of(fleet)._incoming.iterdir()))
+    turn = fleet.packs._turn(digest)
+    await until(lambda: storing.done() or bool(turn._waiters))
     removing.may_end.set()
     await deleting
     assert await storing == digest
