@@ -176,6 +176,8 @@ class Experiments:
         for row, snapshot in zip(rows, snapshots, strict=True):
             live = LiveExperiment(row, snapshot)
             self._live[live.name] = live
+            for digest, why in snapshot.missing.items():
+                _log.warning("%s lacks its pack %s, engines it answers are refused: %s", live.name, digest, why)
 
     async def complete(self) -> None:
         """Bring the packs that snapshots lack; engines they answer are let in from then on. Logs what fails."""
@@ -413,7 +415,8 @@ class Experiments:
         if live.snapshot is lacking and not live.deleted:
             await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, live.current))
             live.snapshot = found
-            _log.info("%s has its packs; lacking still: %d", live.name, len(found.missing))
+            # A warning too, as the end of one: the log keeps those alone of the standard library's.
+            _log.warning("packs of %s have come; it still lacks %d", live.name, len(found.missing))
 
     async def _delete(self, name: str) -> None:
         live = self.find(name)

@@ -160,8 +160,8 @@ class Transport(Registry):  # type: ignore[misc]  # oras has no types
                     method, url, data=data, headers=sent, json=json, stream=stream, verify=self._tls_verify,
                     allow_redirects=False,
                 )  # fmt: skip
-            except OSError as error:
-                # requests' own errors are OSErrors; others are those of a CA file that cannot be read.
+            except (OSError, ValueError) as error:
+                # requests' own errors are OSErrors; a place to go to that is no URL is a ValueError.
                 raise self.unavailable(f"cannot be asked ({_why(error)})") from error
             if method not in ("GET", "HEAD") or response.status_code not in _REDIRECTS:
                 return response
@@ -202,7 +202,8 @@ class Transport(Registry):  # type: ignore[misc]  # oras has no types
             return True
         realm = parse_auth_header(challenge).realm or ""
         if not realm.startswith("https://") and not (self._plaintext and self._is_here(realm)):
-            raise self.unavailable(f"names the token service {_shown(realm) or '(none)'}; only one by https is asked")
+            service = _shown(realm) or "(none)"
+            raise self.unavailable(f"names the token service {service}; only one by https is asked", answered=True)
         # Each challenge has its own scope: a token that may pull may not push.
         self.auth.token = None
         if self._credentials:

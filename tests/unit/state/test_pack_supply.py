@@ -14,6 +14,7 @@ import pytest
 from builders import build_constant_pack
 from oracle_server import pack as packs
 from oracle_server.errors import OracleError, PackInvalid, PackRegistryUnavailable, QuotaExceeded, StoreFailed
+from oracle_server.state import pack_supply
 from oracle_server.state.binding import Binding
 from oracle_server.state.node import Node
 from oracle_server.state.pack_files import PackFiles, Upload
@@ -240,6 +241,34 @@ async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_g
     await again.close()
 
 
+async def test_a_start_does_not_wait_for_a_pack_that_does_not_come(
+    remote: FolderRemote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(tmp_path / "state", remote=remote)
+    await node.open()
+    (here, here_folder), (away, away_folder) = make(tmp_path, 1), make(tmp_path, 2)
+    for digest, folder in ((here, here_folder), (away, away_folder)):
+        await store(node, folder)
+        await node.experiments.create("default", f"e{digest[7:12]}", Binding(default_pack_digest=digest))
+    await node.close()
+    files_of(node).remove(away)
+    remote.gate.clear()
+    # Longer than mapping the one that is here: that one must not be late.
+    monkeypatch.setattr(pack_supply, "WAIT_SECONDS", 2.0)
+    again = Node(tmp_path / "state", remote=remote)
+    await again.open()
+    lacking = {
+        digest: live.snapshot.missing for live in again.experiments.all() for digest in live.current.binding.digests()
+    }
+    assert lacking == {here: {}, away: {away: "the registry has not given it in 2 s"}}
+    # It is on its way all the same.
+    remote.gate.set()
+    await again.experiments.complete()
+    assert [live.snapshot.missing for live in again.experiments.all()] == [{}, {}]
+    assert remote.calls.count("fetch") == 1
+    await again.close()
+
+
 async def test_a_deletion_is_answered_while_the_registry_hangs_and_ends_with_it(
     fleet: Node, remote: FolderRemote, tmp_path: Path
 ) -> None:
@@ -249,7 +278,9 @@ async def test_a_deletion_is_answered_while_the_registry_hangs_and_ends_with_it(
     await asyncio.wait_for(fleet.packs.delete("default", digest), 20)
     assert await fleet.packs.find("default", digest) is None
     again = asyncio.create_task(store(fleet, folder))
-    await until(lambda: remote.calls == ["push", "delete"])
+    turn = fleet.packs._turn(digest)
+    await until(lambda: len(remote.calls) > 2 or bool(turn._waiters))
+    assert remote.calls == ["push", "delete"]
     remote.gate.set()
     # Stored anew after the deletion has ended, and not lost in it.
     await again
@@ -326,7 +357,8 @@ async def test_a_pack_that_one_tenant_stores_while_another_deletes_it_gets_files
     deleting = asyncio.create_task(fleet.packs.delete("default", digest))
     await until(removing.begun.is_set)
     storing = asyncio.create_task(store(fleet, folder, "acme"))
-    await until(lambda: any(files_of(fleet)._incoming.iterdir()))
+    turn = fleet.packs._turn(digest)
+    await until(lambda: storing.done() or bool(turn._waiters))
     removing.may_end.set()
     await deleting
     assert await storing == digest
