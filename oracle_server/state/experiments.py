@@ -186,6 +186,10 @@ class Experiments:
         snapshots = await asyncio.gather(*(self._open(row.tenant, row.experiment, row.current) for row in rows))
         for row, snapshot in zip(rows, snapshots, strict=True):
             self.take(row, snapshot)
+            for digest, why in snapshot.missing.items():
+                _log.warning(
+                    "%s lacks its pack %s, engines it answers are refused: %s", snapshot.experiment, digest, why
+                )
 
     async def open_row(self, row: ExperimentRow) -> Snapshot:
         """What answers from a stored generation; the OracleError of a pack that cannot be had."""
@@ -467,7 +471,8 @@ class Experiments:
         if live.snapshot is lacking and not live.deleted:
             await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, live.current))
             live.snapshot = found
-            _log.info("%s has its packs; lacking still: %d", live.name, len(found.missing))
+            # A warning too, as the end of one: the log keeps those alone of the standard library's.
+            _log.warning("packs of %s have come; it still lacks %d", live.name, len(found.missing))
 
     async def _delete(self, name: str) -> None:
         live = self.find(name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 from collections.abc import Iterable
 from typing import Any
 
-from oracle_server.errors import OracleError, PackInvalid, StoreFailed
+from oracle_server.errors import OracleError, PackInvalid, PackRegistryUnavailable, StoreFailed
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.pack_remote import PackRemote
 from oracle_server.state.snapshot import LoadedPack
 
-_log = logging.getLogger("step_oracle.packs")
+# How long a start waits for packs that are on their way: many of them, or a registry that hangs, must not keep the
+# experiments whose packs are here from being answered.
+WAIT_SECONDS = 30.0
 
 
 class PackSupply:
@@ -36,19 +37,20 @@ class PackSupply:
         return await asyncio.to_thread(self.files.load, digest)
 
     async def load_all(self, digests: Iterable[str]) -> tuple[dict[str, LoadedPack], dict[str, OracleError]]:
-        """(those that are here or could be brought, why the others could not)."""
-        wanted = list(dict.fromkeys(digests))
-        found = await asyncio.gather(*map(self.load, wanted), return_exceptions=True)
-        loaded: dict[str, LoadedPack] = {}
+        """(those that are here or come within WAIT_SECONDS, why the others are not here)."""
+        loading = {digest: asyncio.create_task(self.load(digest)) for digest in digests}
+        if loading:
+            await asyncio.wait(loading.values(), timeout=None if self.remote is None else WAIT_SECONDS)
         missing: dict[str, OracleError] = {}
-        for digest, result in zip(wanted, found, strict=True):
-            if isinstance(result, LoadedPack):
-                loaded[digest] = result
-            elif self.remote is not None and isinstance(result, OracleError):
-                missing[digest] = result
-            else:
-                raise result
-        return loaded, missing
+        for digest, task in loading.items():
+            if not task.done():
+                task.cancel()
+                missing[digest] = PackRegistryUnavailable(f"the registry has not given it in {WAIT_SECONDS:g} s")
+            elif isinstance(error := task.exception(), OracleError):
+                missing[digest] = error
+        if missing and self.remote is None:
+            raise next(iter(missing.values()))
+        return {digest: task.result() for digest, task in loading.items() if digest not in missing}, missing
 
     async def bring(self, digest: str) -> None:
         """Have the pack's files here, checked as those of an upload are."""
@@ -82,7 +84,6 @@ class PackSupply:
             ) from error
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        _log.info("the pack %s came from the registry", digest)
 
     def _came(self, digest: str, done: asyncio.Task[Any]) -> None:
         self._coming.pop(digest, None)

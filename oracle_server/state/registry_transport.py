@@ -160,8 +160,8 @@ class Transport(Registry):  # type: ignore[misc]  # oras has no types
                     method, url, data=data, headers=sent, json=json, stream=stream, verify=self._tls_verify,
                     allow_redirects=False,
                 )  # fmt: skip
-            except OSError as error:
-                # requests' own errors are OSErrors; others are those of a CA file that cannot be read.
+            except (OSError, ValueError) as error:
+                # requests' own errors are OSErrors; a place to go to that is no URL is a ValueError.
                 raise self.unavailable(f"cannot be asked ({_why(error)})") from error
             if method not in ("GET", "HEAD") or response.status_code not in _REDIRECTS:
                 return response

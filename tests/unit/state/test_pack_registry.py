@@ -243,7 +243,7 @@ def round_and_round(method: str, path: str, reply: Reply) -> Reply:
         (no_json, StoreFailed, "not JSON"),
         (no_layers, StoreFailed, "is no pack"),
         (far_away, StoreFailed, "only https is followed"),
-        (nowhere, StoreFailed, "no URL"),
+        (nowhere, PackRegistryUnavailable, "Invalid IPv6 URL"),
         (round_and_round, StoreFailed, "redirects more than"),
         (lambda *_: refusal(429), PackRegistryUnavailable, "answers 429"),
         (lambda *_: refusal(500), PackRegistryUnavailable, "answers 500 .*as the test says"),

@@ -14,6 +14,7 @@ import pytest
 from builders import build_constant_pack
 from oracle_server import pack as packs
 from oracle_server.errors import OracleError, PackInvalid, PackRegistryUnavailable, QuotaExceeded, StoreFailed
+from oracle_server.state import pack_supply
 from oracle_server.state.binding import Binding
 from oracle_server.state.node import Node
 from oracle_server.state.pack_files import PackFiles, Upload
@@ -237,6 +238,34 @@ async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_g
     remote.failure = None
     await again.experiments.complete()
     assert (live.snapshot.missing, set(live.snapshot.packs), live.snapshot.generation) == ({}, {digest}, 1)
+    await again.close()
+
+
+async def test_a_start_does_not_wait_for_a_pack_that_does_not_come(
+    remote: FolderRemote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(tmp_path / "state", remote=remote)
+    await node.open()
+    (here, here_folder), (away, away_folder) = make(tmp_path, 1), make(tmp_path, 2)
+    for digest, folder in ((here, here_folder), (away, away_folder)):
+        await store(node, folder)
+        await node.experiments.create("default", f"e{digest[7:12]}", Binding(default_pack_digest=digest))
+    await node.close()
+    files_of(node).remove(away)
+    remote.gate.clear()
+    # Longer than mapping the one that is here: that one must not be late.
+    monkeypatch.setattr(pack_supply, "WAIT_SECONDS", 2.0)
+    again = Node(tmp_path / "state", remote=remote)
+    await again.open()
+    lacking = {
+        digest: live.snapshot.missing for live in again.experiments.all() for digest in live.current.binding.digests()
+    }
+    assert lacking == {here: {}, away: {away: "the registry has not given it in 2 s"}}
+    # It is on its way all the same.
+    remote.gate.set()
+    await again.experiments.complete()
+    assert [live.snapshot.missing for live in again.experiments.all()] == [{}, {}]
+    assert remote.calls.count("fetch") == 1
     await again.close()
 
 
