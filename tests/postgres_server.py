@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psycopg
 
@@ -65,12 +64,11 @@ class PostgresServer:
         arguments = [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(self._binaries / "postgres"), "-D", str(self._data), *arguments],
+                [*_unprivileged(), str(self._binaries / "postgres"), "-D", str(self._data), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                **_unprivileged(),
             )
         end = time.monotonic() + START_SECONDS
         while True:
@@ -136,12 +134,11 @@ class PostgresServer:
 
     def _run(self, command: str, *arguments: str) -> None:
         done = subprocess.run(
-            [str(self._binaries / command), *arguments],
+            [*_unprivileged(), str(self._binaries / command), *arguments],
             cwd=self._folder,
             capture_output=True,
             text=True,
             check=False,
-            **_unprivileged(),
         )
         assert done.returncode == 0, f"{command} failed: {done.stdout[-1000:]}{done.stderr[-1000:]}"
 
@@ -152,9 +149,14 @@ def file_of(url: str, path: Path) -> Path:
     return path
 
 
-def _unprivileged() -> dict[str, Any]:
-    """Arguments of a process that is not root's."""
-    return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+def _unprivileged() -> tuple[str, ...]:
+    """What a command begins with so that it is not root's.
+
+    Not by Popen's `user`: that forks, and gRPC's threads do not survive it.
+    """
+    if os.geteuid() != 0:
+        return ()
+    return ("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups", "--")
 
 
 def _binaries(folder: Path) -> Path:

@@ -56,8 +56,12 @@ class PostgresDatabase:
         # Held while the connection is put into its place or taken out, so that `interrupt` never meets another file.
         self._placing = threading.Lock()
         self._in_turn = False
-        with self._failures("opened"):
-            self._migrate(self._connection())
+        try:
+            with self._failures("opened"):
+                self._migrate(self._connection())
+        except BaseException:
+            self._drop()
+            raise
 
     def rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
         """Read."""

@@ -35,7 +35,7 @@ from oracle_server.state.store import Changes, EnginePlace, ExperimentRow, Store
 from oracle_server.state.tenants import Tenants
 
 # How long the others may take to map packs that are about to be activated, and to answer from them afterwards.
-PREPARE_SECONDS = 10.0
+PREPARE_SECONDS = 10
 FOLLOW_SECONDS = 1.0
 # How long packs stay mapped that another server is about to activate.
 PREPARED_SECONDS = 60.0
@@ -162,6 +162,8 @@ class Replicas:
         if not self._down:
             _log.warning("the database is lost: %s; steps go on, changes are refused", why)
         self._down = why
+        # Who is alive shows again when they are heard of.
+        self._others = {}
 
     async def begin(self) -> None:
         """Wait for this server's turn to change something; its memory is then as the database is."""
@@ -207,8 +209,11 @@ class Replicas:
         self._number = number = self._number + 1
         self._prepared[number] = set()
         try:
-            await self._say(f"prepare {number} {self.server} {','.join(digests[:_MAX_DIGESTS])}")
-            await self._until(lambda: self._prepared[number] >= (others & set(self._others)), PREPARE_SECONDS)
+            for _ in range(PREPARE_SECONDS):
+                # Again each second: one that is connecting anew has missed it.
+                await self._say(f"prepare {number} {self.server} {','.join(digests[:_MAX_DIGESTS])}")
+                if await self._until(lambda: self._prepared[number] >= (others & set(self._others)), 1.0):
+                    break
         finally:
             del self._prepared[number]
 

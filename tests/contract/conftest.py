@@ -11,6 +11,7 @@ from builders import build_composed_pack, build_constant_pack, build_hybrid_pack
 from oracle_calls import TIMEOUT, Calls
 from oracle_process import OracleProcess
 from oracle_server.pack import Engine
+from postgres_server import PostgresServer, file_of
 from sharded_server import TWO_SHARDS, shard_pids, wait_for
 from step_oracle.v1 import tenant_pb2
 
@@ -44,9 +45,13 @@ def new_server(tmp_path: Path) -> Iterator[Callable[..., OracleProcess]]:
 
 
 @pytest.fixture
-def server(new_server: Callable[..., OracleProcess]) -> OracleProcess:
-    """A fresh server."""
-    return new_server()
+def server(request: pytest.FixtureRequest, new_server: Callable[..., OracleProcess], tmp_path: Path) -> OracleProcess:
+    """A fresh server; with the parameter `postgres` (stores.BOTH_STORES) over a PostgreSQL."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return new_server()
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    database = file_of(postgres.new_database(), tmp_path / "database")
+    return new_server(arguments=("--database", str(database)))
 
 
 @pytest.fixture

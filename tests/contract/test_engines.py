@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -11,6 +10,7 @@ import pytest
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity, reason_of
 from oracle_process import OracleProcess
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2
+from stores import BOTH_STORES
 
 Dirs = dict[str, Path]
 
@@ -65,6 +65,7 @@ def test_a_stream_without_an_attach_is_refused(shared: Calls) -> None:
     assert reason_of(caught.value) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
 
 
+@BOTH_STORES
 def test_a_killed_server_takes_its_engines_back(server: OracleProcess, pack_dirs: Dirs) -> None:
     with Calls(server.target) as calls:
         calls.create(calls.upload(pack_dirs["composed"]))
@@ -149,10 +150,8 @@ def test_limits_frozen_in_a_running_engine_refuse_another_pack(calls: Calls, pac
     stream.close()
 
 
-def test_what_an_operator_allowed_holds_after_a_restart(
-    new_server: Callable[..., OracleProcess], pack_dirs: Dirs
-) -> None:
-    server = new_server()
+@BOTH_STORES
+def test_what_an_operator_allowed_holds_after_a_restart(server: OracleProcess, pack_dirs: Dirs) -> None:
     config = oracle_service_pb2.EngineConfig(max_num_seqs=64)
     with Calls(server.target) as calls:
         calls.create(calls.upload(pack_dirs["constant"]))
@@ -165,10 +164,10 @@ def test_what_an_operator_allowed_holds_after_a_restart(
         assert calls.open(identity("allowed"), 1, config).ask(decode(0))[0].latency_ns[0] == 30_000_000
 
 
+@BOTH_STORES
 def test_an_engine_that_was_away_during_an_activation_is_compared_when_it_comes_back(
-    new_server: Callable[..., OracleProcess], pack_dirs: Dirs
+    server: OracleProcess, pack_dirs: Dirs
 ) -> None:
-    server = new_server()
     config = oracle_service_pb2.EngineConfig(max_num_seqs=64)
     with Calls(server.target) as calls:
         calls.create(calls.upload(pack_dirs["constant"]))

@@ -12,6 +12,7 @@ import pytest
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity, reason_of
 from step_oracle.v1 import experiment_pb2 as pb
 from step_oracle.v1 import tenant_pb2
+from stores import BOTH_STORES
 
 Dirs = dict[str, Path]
 
@@ -105,6 +106,7 @@ def test_a_binding_that_cannot_be_is_refused(fault: str, shared: Calls) -> None:
     assert reason_of(caught.value) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
 
 
+@BOTH_STORES
 def test_a_roll_back_is_a_new_generation(calls: Calls, pack_dirs: Dirs) -> None:
     ten, twenty = calls.upload(pack_dirs["constant"]), calls.upload(pack_dirs["constant20"])
     calls.create(ten)
@@ -122,6 +124,7 @@ def test_a_roll_back_is_a_new_generation(calls: Calls, pack_dirs: Dirs) -> None:
     assert history(calls, page_size=2) == history(calls)
 
 
+@BOTH_STORES
 def test_of_two_activations_from_one_generation_one_wins(calls: Calls, pack_dirs: Dirs) -> None:
     digest = calls.upload(pack_dirs["constant"])
     calls.create(digest)
@@ -150,6 +153,7 @@ def test_a_dry_run_changes_nothing(calls: Calls, pack_dirs: Dirs) -> None:
     assert len(history(calls)) == 1
 
 
+@BOTH_STORES
 def test_a_watch_sees_the_present_then_every_change(calls: Calls, pack_dirs: Dirs) -> None:
     digest = calls.upload(pack_dirs["constant"])
     calls.create(digest, seed=1)

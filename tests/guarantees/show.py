@@ -34,12 +34,12 @@ NAMES = (
     "mutations",
     "experimentation",
     "kill_nine",
+    "database_stopped",
 )
 # Goes on while those after it are shown: it takes long, needs little and asserts no time.
 BESIDE = "soak"
 # What the design has and this release does not: listed, never held.
 MISSING = (
-    ("PostgreSQL stopped for 60 s: steps go on", "there is no PostgreSQL store yet"),
     ("rolling restart of two replicas: no step fails", "there are no replicas yet; shards of one host are there"),
     ("one against four replicas", "there are no replicas yet; see one against four shards"),
     (
