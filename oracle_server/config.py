@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from oracle_server.errors import InvalidArgument
+from oracle_server.registry_reference import RegistryReference, is_loopback, parse_repository
 from oracle_server.scheduling import BATCH, OTHER
 
 DEFAULT_TARGET = "127.0.0.1:8470"
@@ -45,6 +45,9 @@ _PACK_FOLDER = "STEP_ORACLE_PACK_FOLDER"
 _TLS_CERT = "STEP_ORACLE_TLS_CERT"
 _TLS_KEY = "STEP_ORACLE_TLS_KEY"
 _TLS_CLIENT_CA = "STEP_ORACLE_TLS_CLIENT_CA"
+_PACK_REGISTRY = "STEP_ORACLE_PACK_REGISTRY"
+_PACK_REGISTRY_CREDENTIALS = "STEP_ORACLE_PACK_REGISTRY_CREDENTIALS"
+_PACK_REGISTRY_CA = "STEP_ORACLE_PACK_REGISTRY_CA"
 _OPERATOR_TOKEN_FILE = "STEP_ORACLE_OPERATOR_TOKEN_FILE"  # noqa: S105 - a name
 
 MAX_SHARDS = 64
@@ -60,6 +63,15 @@ class TlsFiles:
     cert: str
     key: str
     client_ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PackRegistryConfig:
+    """Where a fleet's packs are; paths of the file of credentials (one line, USER:PASSWORD) and of a PEM bundle."""
+
+    repository: RegistryReference
+    credentials: Path | None = None
+    ca: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,12 @@ class ServerConfig:
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
 
-    An address beyond loopback needs `tls` and `operator_token_file`; `pack_folder` needs `database`.
+    | pack_registry (pack_registry) | none | HOST[:PORT]/REPOSITORY of an OCI registry that keeps every pack |
+    | pack_registry (..._credentials) | none | file with one line, USER:PASSWORD; read at each use |
+    | pack_registry (..._ca) | none | PEM file of who signs the registry's certificate; read at each use |
+
+    An address beyond loopback needs `tls` and `operator_token_file`; `pack_folder` needs
+    `database`, and is given instead of `pack_registry`.
     """
 
     listen: tuple[str, ...]
@@ -95,6 +112,7 @@ class ServerConfig:
     tls: TlsFiles | None = None
     operator_token_file: Path | None = None
     max_stream_age_seconds: float = MAX_STREAM_AGE_SECONDS
+    pack_registry: PackRegistryConfig | None = None
     database: Path | None = None
     pack_folder: Path | None = None
 
@@ -112,6 +130,9 @@ def read_config(
     tls_key: Path | None = None,
     tls_client_ca: Path | None = None,
     operator_token_file: Path | None = None,
+    pack_registry: str | None = None,
+    pack_registry_credentials: Path | None = None,
+    pack_registry_ca: Path | None = None,
     database: Path | None = None,
     pack_folder: Path | None = None,
 ) -> ServerConfig:
@@ -149,6 +170,13 @@ def read_config(
     if scheduling not in (BATCH, OTHER):
         raise InvalidArgument(f"{_SCHEDULING} is {scheduling!r}; allowed: {BATCH} and {OTHER}", field="scheduling")
     folder = state_dir or Path(environ.get(_STATE_DIR) or _default_state_dir(environ))
+    registry = _read_pack_registry(environ, pack_registry, pack_registry_credentials, pack_registry_ca)
+    file, shared_folder = _read_shared(environ, database, pack_folder)
+    if registry and shared_folder:
+        raise InvalidArgument(
+            "packs lie in a registry or in a shared folder; give --pack-registry or --pack-folder, not both",
+            field="pack_folder",
+        )
     return ServerConfig(
         addresses,
         metrics_address,
@@ -160,7 +188,9 @@ def read_config(
         tls,
         Path(operator).expanduser() if operator else None,
         _read_stream_age(environ.get(_MAX_STREAM_AGE), max_stream_age_seconds),
-        *_read_shared(environ, database, pack_folder),
+        registry,
+        file,
+        shared_folder,
     )
 
 
@@ -177,6 +207,29 @@ def _read_tls(
         missing = "--tls-key" if given[0] else "--tls-cert"
         raise InvalidArgument(f"TLS needs a certificate and its key; give {missing} too", field="tls_cert")
     return TlsFiles(*given)
+
+
+def _read_pack_registry(
+    environ: Mapping[str, str], place: str | None, credentials: Path | None, ca: Path | None
+) -> PackRegistryConfig | None:
+    place = place or environ.get(_PACK_REGISTRY)
+    files = [
+        Path(given).expanduser() if given else None
+        for given in (
+            credentials or environ.get(_PACK_REGISTRY_CREDENTIALS),
+            ca or environ.get(_PACK_REGISTRY_CA),
+        )
+    ]
+    if not place:
+        if any(files):
+            raise InvalidArgument(
+                "credentials or a CA of a pack registry are given and no registry; give --pack-registry "
+                "HOST[:PORT]/REPOSITORY too",
+                field="pack_registry",
+            )
+        return None
+    repository = parse_repository(place, tls=files[1] is not None, field="pack_registry")
+    return PackRegistryConfig(repository, *files)
 
 
 def _read_shared(
@@ -233,19 +286,12 @@ def check_address(address: str, *, outside: bool = False) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """True for localhost, 127.0.0.0/8 and ::1."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
     secured = (_TLS_CERT, _TLS_KEY, _TLS_CLIENT_CA, _OPERATOR_TOKEN_FILE)
+    registry = (_PACK_REGISTRY, _PACK_REGISTRY_CREDENTIALS, _PACK_REGISTRY_CA)
     shared = (_DATABASE, _PACK_FOLDER)
     own = (_LISTEN, _METRICS, _STATE_DIR, _DRAIN_SECONDS, _LEASES, _SHARDS, _SCHEDULING, _MAX_STREAM_AGE)
-    known = {*own, *shared, *secured, *_OF_OTHERS}
+    known = {*own, *shared, *secured, *registry, *_OF_OTHERS}
     for name in sorted(environ):
         if name.startswith("STEP_ORACLE_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

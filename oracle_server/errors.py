@@ -32,6 +32,7 @@
         ├── StaleGeneration
         ├── CredentialRevoked      of an open stream
         ├── DatabaseUnavailable
+        ├── PackRegistryUnavailable
         ├── Starting
         └── Draining
 
@@ -257,6 +258,19 @@ class DatabaseUnavailable(Unavailable):
     """The database that the servers of a fleet share does not answer this one; what is in memory goes on answering."""
 
     reason = "DATABASE_UNAVAILABLE"
+
+
+class PackRegistryUnavailable(Unavailable):
+    """A pack has to come from, or go to, the registry, which cannot be asked now; nothing was changed.
+
+    `answered`: it answered, and did not let this server in.
+    """
+
+    reason = "PACK_REGISTRY_UNAVAILABLE"
+
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class Starting(Unavailable):

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from oracle_server import event_loop
 from oracle_server.config import ServerConfig
-from oracle_server.errors import OracleError, StoreFailed
+from oracle_server.errors import InvalidArgument, OracleError, StoreFailed
 from oracle_server.logs import configure
 from oracle_server.operator_file import OperatorFile
 from oracle_server.rpc.experiment_service import ExperimentService
@@ -52,6 +52,9 @@ from step_oracle.v1 import (
     tenant_pb2_grpc,
 )
 
+if TYPE_CHECKING:
+    from oracle_server.state.pack_registry import PackRegistry
+
 
 class SharedState(TypedDict):
     """Arguments of a Node."""
@@ -73,6 +76,8 @@ METHODS = tuple(
 )
 # How often the steps of tenants with a quota are added up.
 RATE_SECONDS = 1.0
+# How often packs are asked for that could not be had when their experiment wanted them.
+COMPLETE_SECONDS = 5.0
 # Shims ping each 30 s; the server tolerates one per 10 s, with or without a call (grpc's default is one per 300 s, and
 # a GOAWAY for whoever pings more often).
 _OPTIONS = (
@@ -101,7 +106,8 @@ async def _serve(config: ServerConfig) -> int:
     spans = open_spans(os.environ, events)
     operator = OperatorFile(config.operator_token_file) if config.operator_token_file else None
     certificates = Certificates(config.tls) if config.tls else None
-    node = Node(config.state_dir, **shared_state(config))
+    registry = open_registry(config)
+    node = Node(config.state_dir, **shared_state(config, registry))
     traced = () if spans is None else spans.interceptors(METHODS)
     gates = () if operator is None else (Gate(node.credentials, metrics),)
     age = config.max_stream_age_seconds
@@ -153,7 +159,12 @@ async def _serve(config: ServerConfig) -> int:
     for task in guards:
         task.cancel()
     node.experiments.drain()
+    if registry is not None:
+        # A registry that hangs holds up the end no longer than any other call.
+        loop.call_later(config.drain_seconds, registry.close)
     await server.stop(config.drain_seconds)
+    if registry is not None:
+        registry.close()
     await node.close()
     if metrics_server is not None:
         metrics_server[0].shutdown()
@@ -164,10 +175,10 @@ async def _serve(config: ServerConfig) -> int:
     return 0
 
 
-def shared_state(config: ServerConfig) -> SharedState:
+def shared_state(config: ServerConfig, registry: PackRegistry | None) -> SharedState:
     """What a server of a fleet shares with the others, as arguments of its Node; nothing for one that is alone."""
     database = DatabaseFile(config.database) if config.database else None
-    return {"database": database, "pack_remote": PackFolder(config.pack_folder) if config.pack_folder else None}
+    return {"database": database, "pack_remote": PackFolder(config.pack_folder) if config.pack_folder else registry}
 
 
 def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused: str) -> None:
@@ -180,7 +191,7 @@ def started(config: ServerConfig, events: Any, addresses: Sequence[str], refused
 
 def guard(node: Node, operator: OperatorFile | None) -> list[asyncio.Task[None]]:
     """The tasks that go on looking at the step rates and at the operator's file."""
-    tasks = [asyncio.create_task(_check_rates(node))]
+    tasks = [asyncio.create_task(_check_rates(node)), asyncio.create_task(_complete_packs(node))]
     if operator is not None:
         tasks.append(asyncio.create_task(operator.watch(node.tenants.trust_operator)))
     return tasks
@@ -190,6 +201,35 @@ async def _check_rates(node: Node) -> None:
     while True:
         await asyncio.sleep(RATE_SECONDS)
         await node.tenants.check_rates()
+
+
+async def _complete_packs(node: Node) -> None:
+    while True:
+        await asyncio.sleep(COMPLETE_SECONDS)
+        await node.experiments.complete()
+
+
+def open_registry(config: ServerConfig) -> PackRegistry | None:
+    """The registry of the fleet's packs; None where none is configured. InvalidArgument, PackRegistryUnavailable."""
+    if config.pack_registry is None:
+        return None
+    try:
+        from oracle_server.state.pack_registry import PackRegistry
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(
+            f"--pack-registry needs the extra oci ({error.name} is not installed): pip install 'step-oracle[oci]'",
+            field="pack_registry",
+        ) from error
+    place = config.pack_registry.repository
+    registry = PackRegistry(
+        place.authority,
+        place.repository,
+        plaintext=place.plaintext,
+        credentials=config.pack_registry.credentials,
+        ca=config.pack_registry.ca,
+    )
+    registry.check_files()
+    return registry
 
 
 def options(*, shared_port: bool = False, max_stream_age_seconds: float = 0.0) -> tuple[tuple[str, int], ...]:

@@ -9,6 +9,7 @@ import pytest
 
 from environments import VLLM_VERSIONS, VllmEnvironment, measured_data, shim_site, vllm_environment
 from postgres_server import PostgresServer
+from registry_server import RegistryProcess
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,3 +61,10 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; set STEP_ORACLE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def registry_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryProcess]:
+    """A registry the tests share; each has a repository of its own, or leaves what others need alone."""
+    with RegistryProcess(tmp_path_factory.mktemp("registry")) as process:
+        yield process

@@ -1,4 +1,4 @@
-"""The server installed as its image does: the wheel, its extras `server` and `postgres`, the image's exact versions.
+"""The server installed as its image does: the wheel with the extras of the image, the image's exact versions.
 
 What comes from the package index lies in the cache; the wheel of this checkout is built and installed anew by each test
 run, into a copy of links to the cached files.
@@ -60,7 +60,7 @@ def install_server(folder: Path) -> Path:
     wheels = folder / "wheels"
     _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, REPOSITORY)
     (wheel,) = wheels.glob("step_oracle-*.whl")
-    _run(python, "-m", "pip", "install", "--no-index", "--constraint", CONSTRAINTS, f"{wheel}[server,postgres]")
+    _run(python, "-m", "pip", "install", "--no-index", "--constraint", CONSTRAINTS, f"{wheel}[server,oci,postgres]")
     return venv / "bin"
 
 

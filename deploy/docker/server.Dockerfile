@@ -15,7 +15,7 @@ RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE} AS environment
 # Extras of the distribution, comma-separated.
-ARG EXTRAS=server,postgres
+ARG EXTRAS=server,oci,postgres
 COPY deploy/docker/server-constraints.txt /constraints.txt
 COPY --from=wheel /wheels /wheels
 # Layers keep whole seconds only, and both numba and Python compare a compiled file with its source's time: times are

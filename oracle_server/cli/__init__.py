@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oracle_server.cli import experiments, overlays, packs, shadows, tenants, top
+from oracle_server.cli import experiments, overlays, packs, registries, shadows, tenants, top
 from oracle_server.cli.console import FAILED, Json, connect, exits, print_json
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command()(top.top)
 app.add_typer(packs.app)
 app.add_typer(experiments.app)
 app.add_typer(tenants.app)
+packs.app.command("push")(registries.push)
+packs.app.command("pull")(registries.pull)
 experiments.app.command("overlay")(overlays.overlay)
 experiments.app.command("shadow")(shadows.shadow)
 
@@ -52,6 +54,15 @@ def serve(
     operator_token_file: Annotated[
         Path | None, typer.Option(help="The operator's token: every call needs a credential.")
     ] = None,
+    pack_registry: Annotated[
+        str | None, typer.Option(help="HOST[:PORT]/REPOSITORY of an OCI registry that keeps every pack.")
+    ] = None,
+    pack_registry_credentials: Annotated[
+        Path | None, typer.Option(help="File with one line, USER:PASSWORD, for the registry.")
+    ] = None,
+    pack_registry_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of who signs the registry's certificate.")
+    ] = None,
     database: Annotated[
         Path | None, typer.Option(help="File of a PostgreSQL URL: the state of a fleet of servers.")
     ] = None,
@@ -75,6 +86,9 @@ def serve(
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,
             operator_token_file=operator_token_file,
+            pack_registry=pack_registry,
+            pack_registry_credentials=pack_registry_credentials,
+            pack_registry_ca=pack_registry_ca,
             database=database,
             pack_folder=pack_folder,
         )

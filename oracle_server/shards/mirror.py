@@ -85,8 +85,14 @@ class Mirror:
         """Answer from this generation from the next step on."""
         binding = row.current.binding
         name = names.experiment_name(row.tenant, row.experiment)
-        loaded = {digest: await self._load(digest) for digest in binding.digests()}
-        snapshot = Snapshot(name, row.current.generation, binding, loaded)
+        loaded, missing = {}, {}
+        for digest in binding.digests():
+            # The parent has not got it either; it lets this generation follow anew when it has.
+            if await asyncio.to_thread(self._files.has, digest):
+                loaded[digest] = await self._load(digest)
+            else:
+                missing[digest] = "the registry could not give it when the server wanted it"
+        snapshot = Snapshot(name, row.current.generation, binding, loaded, missing)
         live = self.experiments.live.get(name)
         if live is None:
             self.experiments.live[name] = LiveExperiment(row, snapshot)

@@ -25,6 +25,7 @@ from oracle_server.server import (
     address_of,
     bind,
     guard,
+    open_registry,
     options,
     serve_metrics,
     shared_state,
@@ -81,7 +82,9 @@ async def serve_sharded(config: ServerConfig) -> int:
         return total
 
     pool = ShardPool(config.shards, task_of, events, metrics)
-    node = Node(config.state_dir, followers=pool, **shared_state(config))
+    # Shards map packs from the parent's folder, so it alone brings them.
+    registry = open_registry(config)
+    node = Node(config.state_dir, followers=pool, **shared_state(config, registry))
     streams = ShardStreams(node)
     spans = open_spans(os.environ, events)
     traced = () if spans is None else spans.interceptors(METHODS)
@@ -131,11 +134,15 @@ async def serve_sharded(config: ServerConfig) -> int:
         for task in guards:
             task.cancel()
         node.experiments.drain()
+        if registry is not None:
+            loop.call_later(config.drain_seconds, registry.close)
         await pool.drain(config.drain_seconds)
         await server.stop(0)
         # While the folder is ours: a successor binds the same paths as soon as it is not.
         for path in (socket, *(_of_shard(socket, shard) for shard in range(config.shards))):
             path.unlink(missing_ok=True)
+        if registry is not None:
+            registry.close()
         await node.close()
         reservation.close()
         if metrics_server is not None:

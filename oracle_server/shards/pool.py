@@ -222,7 +222,7 @@ class ShardPool:
     async def _join(self, process: ShardProcess) -> None:
         """Bring a shard to the present state and let it take connections."""
         await self._may_join.wait()
-        digests = {d for live in self._node.experiments.all() for d in live.current.binding.digests()}
+        digests = {digest for live in self._node.experiments.all() for digest in live.snapshot.packs}
         # Before the lock is taken: streams open and engines attach at the other shards meanwhile.
         await process.peer.call(PREPARE, tuple(sorted(digests)), JOIN_SECONDS, wait=True)
         await self._node.experiments.join(lambda rows: self._let_serve(process, rows))

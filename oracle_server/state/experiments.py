@@ -7,6 +7,7 @@ once, so no answer mixes two generations.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +31,7 @@ from oracle_server.state import names
 from oracle_server.state.binding import Binding
 from oracle_server.state.credentials import Admission
 from oracle_server.state.engines import EngineRecord, check_activation
-from oracle_server.state.pack_cache import PackCache
+from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.records import Records
 from oracle_server.state.shadow import Comparison, ShadowBook, summed
 from oracle_server.state.snapshot import LoadedPack, Snapshot
@@ -38,6 +39,8 @@ from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, Gener
 
 WATCH_BATCH = 100
 TENANTS_BATCH = 1000
+
+_log = logging.getLogger("step_oracle.experiments")
 
 
 class LiveExperiment:
@@ -153,14 +156,14 @@ class Experiments:
     def __init__(
         self,
         records: Records,
-        packs: PackCache,
+        supply: PackSupply,
         *,
         monotonic: Callable[[], float],
         now_ns: Callable[[], int],
         followers: Followers,
     ) -> None:
         self._records = records
-        self._packs = packs
+        self._supply = supply
         self._followers = followers
         self._monotonic = monotonic
         self._now_ns = now_ns
@@ -171,19 +174,22 @@ class Experiments:
         self._draining = False
 
     async def load(self) -> None:
-        """Bring tenants and stored experiments into memory, their packs mapped and their kernels compiled."""
+        """Bring tenants and stored experiments into memory, their packs mapped and their kernels compiled.
+
+        Packs that are neither here nor to be had are left out; `complete` brings them.
+        """
         after = ""
-        while rows := await self._records.call(self._records.store.tenants, after, TENANTS_BATCH):
-            self._tenants |= {row.tenant: row for row in rows}
-            after = rows[-1].tenant
-        for row in await self._records.call(self._records.store.experiments):
-            try:
-                self.take(row, await self.open_row(row))
-            except OracleError:
-                if self._packs.remote is None:
-                    raise
-                # Its packs may come later: the other experiments are answered meanwhile.
-                self.behind[names.experiment_name(row.tenant, row.experiment)] = row
+        while tenants := await self._records.call(self._records.store.tenants, after, TENANTS_BATCH):
+            self._tenants |= {row.tenant: row for row in tenants}
+            after = tenants[-1].tenant
+        rows = await self._records.call(self._records.store.experiments)
+        snapshots = await asyncio.gather(*(self._open(row.tenant, row.experiment, row.current) for row in rows))
+        for row, snapshot in zip(rows, snapshots, strict=True):
+            self.take(row, snapshot)
+            for digest, why in snapshot.missing.items():
+                _log.warning(
+                    "%s lacks its pack %s, engines it answers are refused: %s", snapshot.experiment, digest, why
+                )
 
     async def open_row(self, row: ExperimentRow) -> Snapshot:
         """What answers from a stored generation; the OracleError of a pack that cannot be had."""
@@ -209,11 +215,23 @@ class Experiments:
 
     async def load_pack(self, digest: str) -> LoadedPack:
         """A stored pack, mapped and warm, from wherever it lies; StoreFailed, Unavailable, PackInvalid."""
-        return await self._packs.load(digest)
+        return await self._supply.load(digest)
 
     def get(self, name: str) -> LiveExperiment | None:
         """The experiment of that resource name, if it is here."""
         return self._live.get(name)
+
+    async def complete(self) -> None:
+        """Bring the packs that snapshots lack; engines they answer are let in from then on. Logs what fails."""
+        for live in [live for live in self._live.values() if live.snapshot.missing]:
+            lacking = live.snapshot
+            try:
+                found = await self._open(live.tenant, live.experiment, live.current)
+                if found.missing.keys() < lacking.missing.keys():
+                    await self._followers.prepare(tuple(found.packs))
+                    await self._records.change(self._complete(live, lacking, found), in_turn=False)
+            except OracleError as error:
+                _log.warning("packs of %s cannot be brought: %s", live.name, error.message)
 
     def find(self, name: str) -> LiveExperiment:
         """The experiment of that resource name; ExperimentNotFound, StaleGeneration where its packs are not here."""
@@ -448,6 +466,14 @@ class Experiments:
         live.flip(record, snapshot)
         return Activation(record, warnings)
 
+    async def _complete(self, live: LiveExperiment, lacking: Snapshot, found: Snapshot) -> None:
+        """The same generation with more of its packs, unless there is a newer one."""
+        if live.snapshot is lacking and not live.deleted:
+            await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, live.current))
+            live.snapshot = found
+            # A warning too, as the end of one: the log keeps those alone of the standard library's.
+            _log.warning("packs of %s have come; it still lacks %d", live.name, len(found.missing))
+
     async def _delete(self, name: str) -> None:
         live = self.find(name)
         now = self._monotonic()
@@ -465,6 +491,14 @@ class Experiments:
                 for live in self._live.values()
             ]
         )
+
+    async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
+        """The snapshot of a generation that is current already, with what can be had of its packs."""
+        await self._check_packs(tenant, record.binding)
+        loaded, missing = await self._supply.load_all(record.binding.digests())
+        name = names.experiment_name(tenant, experiment)
+        why = {digest: error.message for digest, error in missing.items()}
+        return Snapshot(name, record.generation, record.binding, loaded, why)
 
     async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
         await self._check_packs(tenant, binding)

@@ -19,9 +19,9 @@ from oracle_server.state.database_file import DatabaseFile
 from oracle_server.state.engines import EngineRecord
 from oracle_server.state.experiments import Alone, Experiments, Followers, LiveExperiment
 from oracle_server.state.kernels import warm_kernels
-from oracle_server.state.pack_cache import PackCache
 from oracle_server.state.pack_files import PackFiles
 from oracle_server.state.pack_remote import PackRemote
+from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.packs import Packs
 from oracle_server.state.principal import CALLER
 from oracle_server.state.rates import StepRates
@@ -41,7 +41,7 @@ class Node:
 
     Both clocks are arguments: `monotonic` in seconds, `now_ns` in nanoseconds since 1970. `followers` are the processes
     that answer from its generations, where it does not answer itself. With a `database` it is one of a fleet's servers,
-    whose packs lie at `pack_remote`; without that it may be the only one. Made on the event loop.
+    whose packs lie at `pack_remote`; without that its folder has them all. Made on the event loop.
     """
 
     def __init__(
@@ -57,9 +57,8 @@ class Node:
         self._state_dir = state_dir
         self._lock = _lock(state_dir)
         self._monotonic = monotonic
-        self._files = PackFiles(state_dir)
+        self._supply = PackSupply(PackFiles(state_dir), pack_remote)
         self._ready = False
-        self._has_remote = pack_remote is not None
         own = followers or Alone()
         try:
             self._records, self.replicas = self._open_records(database, own)
@@ -67,12 +66,11 @@ class Node:
             os.close(self._lock)
             raise
         self.followers = own if self.replicas is None else Together(own, self.replicas)
-        cache = PackCache(self._files, pack_remote)
         self.experiments = Experiments(
-            self._records, cache, monotonic=monotonic, now_ns=now_ns, followers=self.followers
+            self._records, self._supply, monotonic=monotonic, now_ns=now_ns, followers=self.followers
         )
         self.attachments = Attachments(self.experiments, self._records, monotonic=monotonic)
-        self.packs = Packs(self.experiments, self._records, self._files, cache, now_ns=now_ns)
+        self.packs = Packs(self.experiments, self._records, self._supply, now_ns=now_ns)
         self.credentials = Credentials()
         self.rates = StepRates(self.experiments, monotonic=monotonic, followers=self.followers)
         self.tenants = Tenants(
@@ -86,10 +84,9 @@ class Node:
         """Bring packs, experiments and credentials into memory; the digests that had to be compiled anew."""
         await asyncio.to_thread(warm_kernels)
         digests = await self._records.call(self._records.store.digests)
-        if self._has_remote:
-            # The others come when an experiment names them.
-            digests = {digest for digest in digests if self._files.place(digest).is_dir()}
-        compiled = await asyncio.to_thread(self._files.prepare, digests)
+        compiled = await asyncio.to_thread(
+            self._supply.files.prepare, digests, may_lack=self._supply.remote is not None
+        )
         await self.experiments.load()
         await self.tenants.load(operator_hashes)
         if self.replicas is not None:
@@ -98,7 +95,9 @@ class Node:
         return compiled
 
     async def close(self) -> None:
-        """Let changes end and close the database."""
+        """Let changes end and close the database; a `pack_remote` has been told before to end what it is at."""
+        await self.packs.close()
+        await self._supply.close()
         if self.replicas is not None:
             await self.replicas.close()
         await self._records.close()
@@ -147,7 +146,7 @@ class Node:
         from oracle_server.state.postgres_database import PostgresDatabase
         from oracle_server.state.replicas import Replicas
 
-        postgres = PostgresDatabase(database.url, alone=not self._has_remote)
+        postgres = PostgresDatabase(database.url, alone=self._supply.remote is None)
         records = Records(Store(postgres))
         replicas = Replicas(records, postgres, database.url, records.store, own)
         records.turns = replicas

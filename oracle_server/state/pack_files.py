@@ -15,7 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from oracle_server import pack as packs
-from oracle_server.errors import InvalidArgument, OracleError, PackInvalid, QuotaExceeded, StoreFailed
+from oracle_server.errors import (
+    InvalidArgument,
+    OracleError,
+    PackDigestMismatch,
+    PackInvalid,
+    QuotaExceeded,
+    StoreFailed,
+)
 from oracle_server.state.snapshot import LoadedPack
 
 PACKS = "packs"
@@ -35,10 +42,10 @@ class PackFiles:
         self._incoming = state_dir / INCOMING
         self._loaded: weakref.WeakValueDictionary[str, LoadedPack] = weakref.WeakValueDictionary()
 
-    def prepare(self, digests: set[str]) -> list[str]:
+    def prepare(self, digests: set[str], *, may_lack: bool = False) -> list[str]:
         """Remove what a crash left, compile what is not compiled or of an older layout; the digests compiled anew.
 
-        `digests`: those of the database, as far as they should lie here.
+        `may_lack`: packs that are not here, or damaged, can be brought from elsewhere, so they are no error.
         """
         for folder in (self._packs, self._compiled, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,60 +54,66 @@ class PackFiles:
             for entry in folder.iterdir():
                 if folder is self._incoming or entry.name not in kept:
                     _remove(entry)
-        return [digest for digest in sorted(digests) if self._ensure_compiled(digest)]
+        compiled = []
+        for digest in sorted(digests):
+            if may_lack and not self.place(digest).exists():
+                _remove(self._compiled / folder_of(digest))
+                continue
+            try:
+                if self._ensure_compiled(digest):
+                    compiled.append(digest)
+            except _Damaged:
+                if not may_lack:
+                    raise
+                self.remove(digest)
+        return compiled
+
+    def has(self, digest: str) -> bool:
+        """True where the pack is here, as it came and for mapping: both folders appear whole or not at all."""
+        return self.place(digest).exists() and (self._compiled / folder_of(digest)).exists()
+
+    def place(self, digest: str) -> Path:
+        """The folder of a pack as it came; `has` says whether it is here."""
+        return self._packs / folder_of(digest)
+
+    def make_room(self) -> Path:
+        """An empty folder for a pack that is about to arrive whole."""
+        with disk_failures():
+            directory = self._incoming / uuid.uuid4().hex
+            directory.mkdir()
+        return directory
 
     def begin(self, manifest_bytes: bytes) -> Upload:
         """A place for the files of a pack that is about to arrive; PackInvalid, QuotaExceeded."""
         if len(manifest_bytes) > packs.MANIFEST_BYTES_LIMIT:
             raise QuotaExceeded(f"the manifest has {len(manifest_bytes)} bytes; allowed: {packs.MANIFEST_BYTES_LIMIT}")
         manifest = packs.parse_manifest(manifest_bytes)
-        with _disk_failures():
-            directory = self._incoming / uuid.uuid4().hex
-            directory.mkdir()
+        check_files(manifest)
+        directory = self.make_room()
+        with disk_failures():
             (directory / "manifest.json").write_bytes(manifest_bytes)
         return Upload(directory, manifest, packs.digest_of(manifest_bytes), manifest_bytes)
 
     def check(self, upload: Upload) -> packs.PackReport:
         """Check a complete upload in a child process and keep nothing."""
-        with _disk_failures():
+        with disk_failures():
             return packs.check_pack(upload.directory)
 
-    def keep(self, upload: Upload) -> packs.PackReport:
-        """Check and compile a complete upload of a digest nobody has in a child process and move it to its place."""
-        with _disk_failures():
-            compiled = self._compiled / folder_of(upload.digest)
-            place = self._packs / folder_of(upload.digest)
+    def keep(self, directory: Path, digest: str) -> packs.PackReport:
+        """Check and compile a whole pack that is not here in a child process and move its folder to its place."""
+        with disk_failures():
+            compiled = self._compiled / folder_of(digest)
+            place = self.place(digest)
             _remove(place)
-            report = packs.compile_pack(upload.directory, compiled)
-            _sync(upload.directory)
-            upload.directory.rename(place)
+            report = packs.compile_pack(directory, compiled)
+            if report.digest != digest:
+                _remove(compiled)
+                raise PackDigestMismatch(f"the folder holds the pack {report.digest}, not {digest}")
+            _sync(directory)
+            directory.rename(place)
             _sync(self._packs)
             _sync(self._compiled)
         return report
-
-    def has(self, digest: str) -> bool:
-        """Whether the pack lies here, compiled."""
-        return (self._compiled / folder_of(digest)).is_dir() and self.place(digest).is_dir()
-
-    def place(self, digest: str) -> Path:
-        """The folder of its files."""
-        return self._packs / folder_of(digest)
-
-    def arriving(self) -> Path:
-        """An empty folder for a pack that comes from elsewhere than a client."""
-        with _disk_failures():
-            directory = self._incoming / uuid.uuid4().hex
-            directory.mkdir()
-        return directory
-
-    def take(self, digest: str, directory: Path) -> None:
-        """Check a pack that has arrived in a folder as that of an upload, and keep it; PackInvalid, StoreFailed."""
-        with _disk_failures():
-            manifest_bytes = (directory / "manifest.json").read_bytes()
-        found = packs.digest_of(manifest_bytes)
-        if found != digest:
-            raise PackInvalid(f"the pack {found} came where {digest} was asked for", where="manifest.json")
-        self.keep(Upload(directory, packs.parse_manifest(manifest_bytes), digest, manifest_bytes))
 
     def load(self, digest: str) -> LoadedPack:
         """The pack mapped and warm; the same object while anybody holds it."""
@@ -116,14 +129,14 @@ class PackFiles:
 
     def remove(self, digest: str) -> None:
         """Free the disk; a snapshot that has it mapped goes on answering."""
-        with _disk_failures():
-            _remove(self._packs / folder_of(digest))
+        with disk_failures():
+            _remove(self.place(digest))
             _remove(self._compiled / folder_of(digest))
 
     def read(self, digest: str, chunk_bytes: int = MAX_CHUNK_BYTES) -> Iterator[tuple[str, bytes]]:
         """(file name, bytes) of a stored pack, manifest first, then in the order of the manifest."""
-        place = self._packs / folder_of(digest)
-        with _disk_failures():
+        place = self.place(digest)
+        with disk_failures():
             manifest_bytes = (place / "manifest.json").read_bytes()
             yield "manifest.json", manifest_bytes
             for entry in packs.parse_manifest(manifest_bytes).files:
@@ -139,18 +152,22 @@ class PackFiles:
             pass
         else:
             return False
-        place = self._packs / folder_of(digest)
-        with _disk_failures():
+        place = self.place(digest)
+        with disk_failures():
             try:
                 report = packs.compile_pack(place, compiled)
             except PackInvalid as error:
-                raise StoreFailed(
+                raise _Damaged(
                     f"the stored pack {place} is damaged: {error.message}; restore it from a copy, or delete the "
                     "folder's row from oracle.db"
                 ) from error
         if report.digest != digest:
-            raise StoreFailed(f"the folder {place} holds the pack {report.digest}; restore it from a copy")
+            raise _Damaged(f"the folder {place} holds the pack {report.digest}; restore it from a copy")
         return True
+
+
+class _Damaged(StoreFailed):
+    """A stored pack is not what it was."""
 
 
 class Upload:
@@ -165,14 +182,6 @@ class Upload:
         self._index = 0
         self._written = 0
         self._file: int | None = None
-        names = [entry.name for entry in manifest.files]
-        for entry in manifest.files:
-            if "/" in entry.name or entry.name.startswith(".") or entry.name == "manifest.json":
-                raise PackInvalid(f"the file name {entry.name!r} is not allowed", where="files")
-        if len(set(names)) != len(names):
-            raise PackInvalid("the manifest names a file twice", where="files")
-        if self.size_bytes > MAX_PACK_BYTES:
-            raise QuotaExceeded(f"the pack has {self.size_bytes} bytes; allowed: {MAX_PACK_BYTES}")
 
     def write(self, name: str, data: bytes) -> None:
         """Append to the file whose turn it is."""
@@ -190,7 +199,7 @@ class Upload:
             )
         if self._written + len(data) > entry.size_bytes:
             raise PackInvalid(f"{name} is longer than the {entry.size_bytes} bytes of the manifest", where=name)
-        with _disk_failures():
+        with disk_failures():
             if self._file is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 self._file = os.open(self.directory / name, flags, 0o644)
@@ -219,7 +228,7 @@ class Upload:
     def _advance(self) -> None:
         while self._index < len(self.manifest.files) and self._written == self.manifest.files[self._index].size_bytes:
             if self._file is not None:
-                with _disk_failures():
+                with disk_failures():
                     os.fsync(self._file)
                     os.close(self._file)
                 self._file = None
@@ -227,8 +236,21 @@ class Upload:
             self._written = 0
 
 
+def check_files(manifest: packs.Manifest) -> None:
+    """PackInvalid where a manifest names files that could leave the folder; QuotaExceeded where they are too large."""
+    names = [entry.name for entry in manifest.files]
+    for name in names:
+        if "/" in name or "\0" in name or name.startswith(".") or name == packs.MANIFEST_FILE:
+            raise PackInvalid(f"the file name {name!r} is not allowed", where="files")
+    if len(set(names)) != len(names):
+        raise PackInvalid("the manifest names a file twice", where="files")
+    size_bytes = sum(entry.size_bytes for entry in manifest.files)
+    if size_bytes > MAX_PACK_BYTES:
+        raise QuotaExceeded(f"the pack has {size_bytes} bytes; allowed: {MAX_PACK_BYTES}")
+
+
 @contextmanager
-def _disk_failures() -> Iterator[None]:
+def disk_failures() -> Iterator[None]:
     """Turns OSError into StoreFailed."""
     try:
         yield

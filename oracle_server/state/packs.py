@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from oracle_server.errors import PackInUse, PackNotFound, QuotaExceeded
+from oracle_server.errors import OracleError, PackInUse, PackNotFound, QuotaExceeded
 from oracle_server.state import names
 from oracle_server.state.experiments import Experiments
-from oracle_server.state.pack_cache import PackCache
-from oracle_server.state.pack_files import PackFiles, Upload
+from oracle_server.state.pack_files import Upload
+from oracle_server.state.pack_remote import PackRemote
+from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.records import Records
 from oracle_server.state.store import PackRow
 
 _T = TypeVar("_T")
+_log = logging.getLogger("step_oracle.packs")
 
 # Each upload may take MAX_PACK_BYTES of disk and one checking child.
 MAX_UPLOADS = 4
 
 
 class Packs:
-    """Uploads, lists and deletes. Event loop only; disk work runs in threads, parsing in a child process."""
+    """Uploads, lists and deletes. Event loop only; disk work runs in threads, parsing in a child process.
+
+    A pack is in its folder, and in the fleet's registry where there is one, before its row is inserted; the row goes
+    first, then what the registry has, then the folder. The uploads and deletions of one digest run one after another,
+    whoever's they are, so that no deletion falls into another tenant's upload.
+    """
 
     def __init__(
-        self,
-        experiments: Experiments,
-        records: Records,
-        files: PackFiles,
-        cache: PackCache,
-        *,
-        now_ns: Callable[[], int],
+        self, experiments: Experiments, records: Records, supply: PackSupply, *, now_ns: Callable[[], int]
     ) -> None:
         self._experiments = experiments
         self._records = records
-        self._files = files
-        self._cache = cache
+        self._supply = supply
+        self._files = supply.files
         self._now_ns = now_ns
         self._uploads = 0
-        # One checking child at a time: its memory limit is then the limit of all uploads together.
-        self._checking = asyncio.Lock()
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        # What goes on after its call has been answered, or has been given up.
+        self._running: set[asyncio.Task[Any]] = set()
 
     @asynccontextmanager
     async def upload(self, tenant: str, manifest_json: bytes) -> AsyncIterator[Upload]:
@@ -84,40 +88,56 @@ class Packs:
     async def read(self, tenant: str, digest: str) -> AsyncIterator[tuple[str, bytes]]:
         """(file name, bytes) of the pack, manifest first."""
         await self.get(tenant, digest)
-        await self._cache.ensure(digest)
+        await self._supply.bring(digest)
         chunks = self._files.read(digest)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
 
     async def delete(self, tenant: str, digest: str) -> None:
-        """PackNotFound; PackInUse while a current binding names it."""
-        await self._records.change(self._delete(tenant, digest))
+        """PackNotFound; PackInUse while a current binding names it. A registry that is down is no reason to refuse."""
+        deleted = asyncio.get_running_loop().create_future()
+        deleting = self._start(self._delete_in_turn(tenant, digest, deleted))
+        await asyncio.wait((deleting, deleted), return_when=asyncio.FIRST_COMPLETED)
+        if not deleted.done():
+            await deleting
+
+    async def close(self) -> None:
+        """Let deletions under way end."""
+        if self._running:
+            await asyncio.wait(list(self._running))
 
     async def _keep(self, tenant: str, upload: Upload, check_only: bool) -> tuple[PackRow, tuple[str, ...], bool]:
         await asyncio.to_thread(upload.finish)
         row = PackRow(tenant, upload.digest, upload.manifest_bytes, upload.size_bytes, self._now_ns())
-        async with self._checking:
+        async with self._turn(upload.digest):
             known = await self.find(tenant, upload.digest)
             if known is not None and not check_only:
                 return known, (), True
-            stored = upload.digest in await self._records.call(self._records.store.digests)
-            # Bytes another tenant has stored are checked again all the same: knowing a manifest is not having the pack.
-            work = self._files.check if check_only or stored else self._files.keep
-            report = await asyncio.to_thread(work, upload)
-            if not check_only and not stored:
-                await self._cache.push(upload.digest)
+            async with self._supply.checking:
+                # Bytes that are here already are checked again all the same: knowing a manifest is not having the pack.
+                if check_only or (await self._is_held(upload.digest) and self._files.has(upload.digest)):
+                    report = await asyncio.to_thread(self._files.check, upload)
+                else:
+                    report = await asyncio.to_thread(self._files.keep, upload.directory, upload.digest)
             if not check_only:
-                await self._records.change(self._add(row, upload, stored))
+                await self._add(row)
         return row, tuple(report.warnings), False
 
-    async def _add(self, row: PackRow, upload: Upload, stored: bool) -> None:
+    async def _add(self, row: PackRow) -> None:
+        """Make a pack visible that lies in its folder; where that fails nothing of it stays."""
+        pushed = False
+        try:
+            if self._supply.remote is not None:
+                await self._supply.remote.push(row.digest, self._files.place(row.digest))
+                pushed = True
+            await self._records.change(self._insert(row))
+        except OracleError:
+            # A push that failed has left no tag, so there is nothing to ask a registry for that may be down.
+            await self._clear(row.digest, self._supply.remote if pushed else None)
+            raise
+
+    async def _insert(self, row: PackRow) -> None:
         await self._check_quota(row.tenant, row.size_bytes)
-        if stored and row.digest not in await self._records.call(self._records.store.digests):
-            # The tenant that had it has deleted it meanwhile, and its files with it.
-            await asyncio.to_thread(self._files.keep, upload)
-        # Again: another server of the fleet may have deleted it meanwhile. Nothing is sent where it lies already.
-        if not stored or self._files.has(row.digest):
-            await self._cache.push(row.digest)
         await self._records.call(self._records.store.add_pack, row)
 
     async def _check_quota(self, tenant: str, size_bytes: int) -> None:
@@ -133,14 +153,59 @@ class Packs:
                 f"{limits.max_pack_bytes}"
             )
 
-    async def _delete(self, tenant: str, digest: str) -> None:
+    async def _delete_in_turn(self, tenant: str, digest: str, deleted: asyncio.Future[None]) -> None:
+        async with self._turn(digest):
+            if not await self._records.change(self._delete(tenant, digest)):
+                return
+            if self._supply.remote is not None:
+                # A registry that hangs does not hold up the answer, only uploads of the same pack.
+                deleted.set_result(None)
+            await self._clear(digest, self._supply.remote)
+
+    async def _delete(self, tenant: str, digest: str) -> bool:
         await self.get(tenant, digest)
         users = self._experiments.naming(tenant, digest)
         if users:
             raise PackInUse(f"{digest} answers for {', '.join(users[:5])}; activate another pack there first")
-        if await self._records.call(self._records.store.delete_pack, tenant, digest):
-            await self._cache.delete(digest)
-            await asyncio.to_thread(self._files.remove, digest)
+        return await self._records.call(self._records.store.delete_pack, tenant, digest)
+
+    async def _clear(self, digest: str, remote: PackRemote | None) -> None:
+        """Remove what lies of a pack that no tenant holds. In its turn. A snapshot that has it mapped goes on."""
+        if await self._is_held(digest):
+            return
+        if remote is not None:
+            try:
+                await remote.delete(digest)
+                if await self._is_held(digest):
+                    # Stored through another server of the fleet, meanwhile.
+                    await remote.push(digest, self._files.place(digest))
+                    return
+            except OracleError as error:
+                _log.warning("the pack %s, which no tenant has any more, may be in the registry: %s", digest, error)
+        await asyncio.to_thread(self._files.remove, digest)
+
+    async def _is_held(self, digest: str) -> bool:
+        return digest in await self._records.call(self._records.store.digests)
+
+    def _turn(self, digest: str) -> asyncio.Lock:
+        """Held by whoever stores or deletes the digest; it lives as long as somebody does."""
+        lock = self._turns.get(digest)
+        if lock is None:
+            lock = self._turns[digest] = asyncio.Lock()
+        return lock
+
+    def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Runs to its end, whatever becomes of the caller."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            # Looked at here so that a failure whose caller has gone is not reported as forgotten.
+            task.exception()
 
 
 async def _to_its_end(task: asyncio.Future[_T]) -> _T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from oracle_server.errors import AcceptanceUnknown, BadStep, StaleGeneration, SupportRefused
+from oracle_server.errors import AcceptanceUnknown, BadStep, PackRegistryUnavailable, StaleGeneration, SupportRefused
 from oracle_server.pack import Manifest
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, Answer, DecodeRecord
@@ -68,20 +68,38 @@ class StepAnswer(NamedTuple):
 
 
 class Snapshot:
-    """Immutable: a generation's binding and its packs, opened."""
+    """Immutable: a generation's binding and its packs, opened.
 
-    __slots__ = ("binding", "experiment", "generation", "lengths", "packs")
+    `missing`: why packs of the binding are not here, by digest. Engines that they answer are refused, all others are
+    answered.
+    """
 
-    def __init__(self, experiment: str, generation: int, binding: Binding, packs: Mapping[str, LoadedPack]) -> None:
+    __slots__ = ("binding", "experiment", "generation", "lengths", "missing", "packs")
+
+    def __init__(
+        self,
+        experiment: str,
+        generation: int,
+        binding: Binding,
+        packs: Mapping[str, LoadedPack],
+        missing: Mapping[str, str] | None = None,
+    ) -> None:
         self.experiment = experiment
         self.generation = generation
         self.binding = binding
         self.packs = packs
+        self.missing = dict(missing or {})
         self.lengths = None if binding.length_table is None else length_tables(binding.length_table)
 
     def pack_for(self, identity: EngineIdentity) -> LoadedPack:
-        """The pack that answers the engine; NoRuleMatches."""
-        return self.packs[pack_of(self.binding, identity)]
+        """The pack that answers the engine; NoRuleMatches, PackRegistryUnavailable where it is not here."""
+        digest = pack_of(self.binding, identity)
+        if digest in self.missing:
+            raise PackRegistryUnavailable(
+                f"generation {self.generation} of {self.experiment} answers this engine from the pack {digest}, which "
+                f"is not on this server: {self.missing[digest]}; it is asked for again until it comes"
+            )
+        return self.packs[digest]
 
     def check_generation(self, min_generation: int) -> None:
         """StaleGeneration where the engine has seen a newer generation than this one."""
@@ -92,13 +110,13 @@ class Snapshot:
             )
 
     def plan(self, identity: EngineIdentity) -> EnginePlan:
-        """Everything about one engine that does not change from step to step; NoRuleMatches."""
+        """Everything about one engine that does not change from step to step; as `pack_for`."""
         return EnginePlan(self, self.pack_for(identity), identity)
 
     def shadow_plan(self, identity: EngineIdentity) -> EnginePlan | None:
-        """What would answer the engine's steps were the shadow pack bound; None where there is none."""
-        digest = self.binding.shadow_pack_digest
-        return EnginePlan(self, self.packs[digest], identity) if digest else None
+        """What would answer the engine's steps were the shadow pack bound; None where there is none, or not here."""
+        pack = self.packs.get(self.binding.shadow_pack_digest)
+        return None if pack is None else EnginePlan(self, pack, identity)
 
 
 class EnginePlan:

@@ -40,11 +40,11 @@ Dirs = dict[str, Path]
 DIGEST = "sha256:" + "0" * 64
 
 NOT_YET = {"UNSPECIFIED"}
-# DRAINING is in test_server.py, STARTING in unit/state/test_starting.py, DATABASE_UNAVAILABLE in test_replicas.py, the
-# others in test_authorization.py and test_rotation.py.
+# DRAINING is in test_server.py, STARTING in unit/state/test_starting.py, DATABASE_UNAVAILABLE in test_replicas.py,
+# PACK_REGISTRY_UNAVAILABLE in test_pack_registry.py, the others in test_authorization.py and test_rotation.py.
 ELSEWHERE = {
-    *("DRAINING", "STARTING", "DATABASE_UNAVAILABLE", "UNAUTHENTICATED", "PERMISSION_DENIED"),
-    "CREDENTIAL_REVOKED",
+    *("DRAINING", "STARTING", "DATABASE_UNAVAILABLE", "PACK_REGISTRY_UNAVAILABLE", "UNAUTHENTICATED"),
+    *("PERMISSION_DENIED", "CREDENTIAL_REVOKED"),
 }
 
 

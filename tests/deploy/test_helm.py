@@ -88,7 +88,7 @@ def test_secrets_are_files_with_a_volume_each(values: str) -> None:
     volumes = {v["name"]: v for v in only(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]}
     secret_paths = {mounts[name]["mountPath"]: name for name, volume in volumes.items() if "secret" in volume}
     named = ["TLS_CERT", "TLS_KEY", "OPERATOR_TOKEN_FILE"]
-    named += ["TLS_CLIENT_CA", "DATABASE"] if values == "postgres" else []
+    named += ["TLS_CLIENT_CA", "DATABASE", "PACK_REGISTRY_CREDENTIALS"] if values == "postgres" else []
     for name in named:
         path = Path(variables(manifests)[f"STEP_ORACLE_{name}"])
         volume = volumes[secret_paths[str(path.parent)]]
@@ -102,6 +102,18 @@ def test_no_database_url_is_in_the_clear() -> None:
     text = render_chart("postgres").stdout
     assert not re.search(r"postgres(ql)?://", text)
     assert "secretKeyRef" not in text
+
+
+def test_the_registry_of_the_packs_is_one_the_server_takes() -> None:
+    manifests = chart_manifests("postgres", "postgres.registryCa=true")
+    given = {name: value for name, value in variables(manifests).items() if "PACK_REGISTRY" in name}
+    registry = read_config(given).pack_registry
+    assert registry is not None
+    assert registry.repository.place == "registry.example.com:443/step-oracle/packs"
+    assert (registry.credentials, registry.ca) == (
+        Path("/etc/step-oracle/registry/credentials"),
+        Path("/etc/step-oracle/registry/ca.crt"),
+    )
 
 
 def test_sqlite_is_one_pod_that_ends_before_its_successor_starts() -> None:

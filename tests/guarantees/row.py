@@ -10,12 +10,12 @@ from typing import Generic, TypeVar
 from rich.table import Table
 
 Sizes = TypeVar("Sizes")
-HELD, MISSED, NOT_THERE = "held", "MISSED", "not there"
+HELD, MISSED = "held", "MISSED"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`verdict` is HELD, MISSED or NOT_THERE; what is not there is never held."""
+    """`verdict` is HELD or MISSED."""
 
     guarantee: str
     done: str
@@ -44,6 +44,6 @@ def table_of(rows: Sequence[Row], title: str = "Guarantees") -> Table:
     for heading in ("guarantee", "what was done", "figure", "bound", ""):
         table.add_column(heading)
     for row in rows:
-        style = {MISSED: "bold", NOT_THERE: "dim"}.get(row.verdict)
+        style = "bold" if row.verdict == MISSED else None
         table.add_row(row.guarantee, row.done, row.figure, row.bound, row.verdict, style=style)
     return table

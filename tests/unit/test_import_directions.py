@@ -57,6 +57,7 @@ BARE_CORE = (
     "doctor_oracle",
     "finding",
     "health",
+    "registry_reference",
     "venv_python",
     "vllm_env",
     "vllm_install",

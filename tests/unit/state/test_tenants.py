@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +174,7 @@ async def test_a_caller_sees_its_own_tenant_and_no_word_tells_others_from_absent
 async def test_a_pack_two_tenants_have_survives_the_deletion_by_one_at_any_moment(
     node: Node, digest: str, tmp_path: Path
 ) -> None:
-    """Also where the other deletes it between the check and the row: the files are kept again."""
+    """Also where the other deletes it between the check and the row: the deletion waits its turn."""
     await node.tenants.create(TenantRow("acme"))
     await node.experiments.delete("tenants/default/experiments/default")
     directory = tmp_path / "pack-10000000"
@@ -181,15 +182,17 @@ async def test_a_pack_two_tenants_have_survives_the_deletion_by_one_at_any_momen
 
     def check(upload: object) -> object:
         report = checked(upload)  # type: ignore[arg-type]
-        asyncio.run_coroutine_threadsafe(node.packs.delete("default", digest), loop).result(10)
+        deleting.append(asyncio.run_coroutine_threadsafe(node.packs.delete("default", digest), loop))
         return report
 
+    deleting: list[Future[None]] = []
     loop = asyncio.get_running_loop()
     node.packs._files.check = check  # type: ignore[method-assign, assignment]
     async with node.packs.upload("acme", (directory / "manifest.json").read_bytes()) as upload:
         for entry in upload.manifest.files:
             await node.packs.write(upload, entry.name, (directory / entry.name).read_bytes())
         _, _, existed = await node.packs.keep("acme", upload, check_only=False)
+    await asyncio.wrap_future(deleting[0])
 
     assert not existed
     assert await node.packs.find("default", digest) is None
