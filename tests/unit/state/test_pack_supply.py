@@ -67,7 +67,7 @@ def remote(tmp_path: Path) -> FolderRemote:
 @pytest.fixture
 async def fleet(tmp_path: Path, remote: FolderRemote) -> AsyncIterator[Node]:
     """A server of a fleet whose packs `remote` keeps; the tenants default and acme."""
-    opened = Node(tmp_path / "state", pack_pack_remote=remote)
+    opened = Node(tmp_path / "state", pack_remote=remote)
     await opened.open()
     await opened._records.call(opened._records.store.write_tenant, TenantRow("acme"))
     yield opened
@@ -198,7 +198,7 @@ async def test_a_server_without_a_fleet_says_what_it_lacks(tmp_path: Path) -> No
 async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
     remote: FolderRemote, tmp_path: Path
 ) -> None:
-    fleet = Node(tmp_path / "state", pack_pack_remote=remote)
+    fleet = Node(tmp_path / "state", pack_remote=remote)
     await fleet.open()
     (first, first_folder), (second, second_folder), (third, third_folder) = (make(tmp_path, n) for n in (1, 2, 3))
     for digest, folder in ((first, first_folder), (second, second_folder), (third, third_folder)):
@@ -210,7 +210,7 @@ async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
     shutil.rmtree(files._compiled / second.removeprefix("sha256:"))
     (files.place(second) / "operators.parquet").write_bytes(b"damaged")
     remote.calls.clear()
-    again = Node(tmp_path / "state", pack_pack_remote=remote)
+    again = Node(tmp_path / "state", pack_remote=remote)
     assert await again.open() == []
     assert remote.calls == ["fetch", "fetch"]
     assert all(files_of(again).has(digest) for digest in (first, second, third))
@@ -221,7 +221,7 @@ async def test_a_damaged_or_lost_folder_is_no_reason_not_to_start_in_a_fleet(
 async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_generation(
     remote: FolderRemote, tmp_path: Path
 ) -> None:
-    fleet = Node(tmp_path / "state", pack_pack_remote=remote)
+    fleet = Node(tmp_path / "state", pack_remote=remote)
     await fleet.open()
     digest, folder = make(tmp_path)
     await store(fleet, folder)
@@ -229,7 +229,7 @@ async def test_an_experiment_without_its_pack_is_there_and_is_completed_at_its_g
     await fleet.close()
     files_of(fleet).remove(digest)
     remote.failure = PackRegistryUnavailable("down")
-    again = Node(tmp_path / "state", pack_pack_remote=remote)
+    again = Node(tmp_path / "state", pack_remote=remote)
     await again.open()
     live = again.experiments.find(name)
     assert (live.snapshot.missing, live.snapshot.packs, live.current.generation) == ({digest: "down"}, {}, 1)
@@ -323,7 +323,7 @@ async def test_a_pack_that_one_tenant_deletes_while_another_stores_it_keeps_its_
     tmp_path: Path, kept_by: str | None
 ) -> None:
     remote = FolderRemote(tmp_path / "remote") if kept_by else None
-    node = Node(tmp_path / "state", pack_pack_remote=remote)
+    node = Node(tmp_path / "state", pack_remote=remote)
     await node.open()
     await node._records.call(node._records.store.write_tenant, TenantRow("acme"))
     digest, folder = make(tmp_path)

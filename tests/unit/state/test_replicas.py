@@ -220,6 +220,8 @@ async def test_a_stream_that_moves_is_ended_where_it_was_and_only_there(fleet: t
     first, second = fleet
     incarnation = await attach(first)
     old = await open_stream(first, incarnation)
+    # A server that is slow to follow is not waited for by the attach.
+    await until(lambda: all("x" in node.experiments.find(NAME).engines for node in fleet))
     records = [node.experiments.find(NAME).engines["x"] for node in fleet]
     await until(lambda: records[1].elsewhere != "" and records[1].stream is not None)
 
