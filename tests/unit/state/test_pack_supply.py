@@ -69,7 +69,7 @@ async def fleet(tmp_path: Path, remote: FolderRemote) -> AsyncIterator[Node]:
     """A server of a fleet whose packs `remote` keeps; the tenants default and acme."""
     opened = Node(tmp_path / "state", pack_remote=remote)
     await opened.open()
-    await opened._records.call(opened._records.store.write_tenant, TenantRow("acme"))
+    await opened.tenants.create(TenantRow("acme"))
     yield opened
     await opened.close()
 
@@ -129,15 +129,10 @@ async def test_a_row_that_cannot_be_written_leaves_nothing_there_either(
     fleet: Node, remote: FolderRemote, tmp_path: Path
 ) -> None:
     _, folder = make(tmp_path)
-    store_rows = fleet._records.store
-
-    def quota_now() -> None:
-        store_rows.write_tenant(TenantRow("default", max_packs=1, max_pack_bytes=1))
-
     remote.gate.clear()
     storing = asyncio.create_task(store(fleet, folder))
     await until(lambda: remote.calls == ["push"])
-    await fleet._records.call(quota_now)
+    await fleet.tenants.update(TenantRow("default", max_packs=1, max_pack_bytes=1))
     remote.gate.set()
     with pytest.raises(QuotaExceeded):
         await storing
@@ -325,7 +320,7 @@ async def test_a_pack_that_one_tenant_deletes_while_another_stores_it_keeps_its_
     remote = FolderRemote(tmp_path / "remote") if kept_by else None
     node = Node(tmp_path / "state", pack_remote=remote)
     await node.open()
-    await node._records.call(node._records.store.write_tenant, TenantRow("acme"))
+    await node.tenants.create(TenantRow("acme"))
     digest, folder = make(tmp_path)
     await store(node, folder)
     # The bytes of acme's upload have arrived and are being checked: the files are there already.
