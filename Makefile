@@ -9,6 +9,8 @@ SETUP := $(VENV)/.setup-$(shell sha256sum pyproject.toml | cut -c1-16)
 # The oldest supported vLLM, one between, the newest tested.
 VLLM_MATRIX ?= 0.18.1 0.25.1 0.33.0
 PYTEST_ARGS ?=
+# Files of tests at once; 0: in this process, one after the other. Two vLLM engines fit into 8 GiB.
+TEST_PROCESSES ?= 2
 ACCURACY ?= build/accuracy
 # pip tells of every folder in the user's configuration that is not there.
 QUIET := grep -v 'WARNING: Location' >&2 || true
@@ -38,7 +40,7 @@ demo: setup ## Two engines on GPUs that are not there, swapped under load; ARGS=
 	PYTHONPATH=tests $(RUN) -m deploy.demo.demo $(ARGS)
 
 test: setup ## Run every test but the nightly replays; the first run builds vLLM environments in the cache (minutes)
-	$(RUN) -m pytest -m "not nightly" $(PYTEST_ARGS)
+	$(RUN) -m pytest -m "not nightly" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: setup ## Run the tests that start no vLLM, replay no runs and take seconds
 	$(RUN) -m pytest -m "not vllm and not accuracy and not slow" $(PYTEST_ARGS)
