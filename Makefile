@@ -9,7 +9,7 @@ SETUP := $(VENV)/.setup-$(shell sha256sum pyproject.toml | cut -c1-16)
 # The oldest supported vLLM, one between, the newest tested.
 VLLM_MATRIX ?= 0.18.1 0.25.1 0.33.0
 PYTEST_ARGS ?=
-# Files of tests at once; 0: in this process, one after the other. Two vLLM engines fit into 8 GiB.
+# Files of tests at once; 0: in this process, one after the other.
 TEST_PROCESSES ?= 2
 ACCURACY ?= build/accuracy
 # pip tells of every folder in the user's configuration that is not there.
