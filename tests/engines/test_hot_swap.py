@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -27,15 +28,25 @@ def test_a_swap_under_load_fails_nothing_and_mixes_nothing(
     (tmp_path / "traces").mkdir()
     engine = start_engine(oracle.target, STEP_ORACLE_TRACE=f"{tmp_path}/traces/")
 
-    def one(i: int) -> int:
-        return int(complete(engine, list(range(300, 340 + i)), max_tokens=300).usage.completion_tokens)
+    swapped = Event()
+
+    def ask(i: int) -> set[int]:
+        """Requests until the swaps are over, however long commands take; how many tokens they got."""
+        counts = set()
+        while not (counts and swapped.is_set()):
+            answer = complete(engine, list(range(300, 340 + i)), max_tokens=300)
+            counts.add(int(answer.usage.completion_tokens))
+        return counts
 
     with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(one, i) for i in range(8)]
-        for _ in range(3):
-            step_oracle("experiment", "activate", "default", "--pack", slow, *target)
-            step_oracle("experiment", "rollback", "default", *target)
-        assert [future.result() for future in running] == [300] * 8
+        running = [pool.submit(ask, i) for i in range(8)]
+        try:
+            for _ in range(3):
+                step_oracle("experiment", "activate", "default", "--pack", slow, *target)
+                step_oracle("experiment", "rollback", "default", *target)
+        finally:
+            swapped.set()
+        assert [future.result() for future in running] == [{300}] * 8
 
     steps = replies(tmp_path / "traces")
     latency_of = {1 + i: (SLOW_NS if i % 2 else FAST_NS) for i in range(7)}
