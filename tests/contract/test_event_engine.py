@@ -11,6 +11,9 @@ from oracle_process import OracleProcess
 from sharded_server import TWO_SHARDS, shard_pids
 
 MESSAGES = 200
+# Its timers go on, the longer the slower a machine is and in every process (125 in two shards were seen); where it takes
+# part there are three for each message.
+IDLE_SWITCHES = 2 * MESSAGES
 Dirs = dict[str, Path]
 
 
@@ -43,13 +46,14 @@ def switches_of_messages(server: OracleProcess, pids: Callable[[], list[int]], p
 def test_no_thread_of_it_wakes_up_for_a_message(new_server: Callable[..., OracleProcess], pack_dirs: Dirs) -> None:
     """A gRPC that does not know the switch any more fails here: three of its threads wake up for each message."""
     server = new_server()
-    # Its timers go on.
-    assert switches_of_messages(server, lambda: [server.pid], pack_dirs["constant"]) < MESSAGES / 2
+    assert switches_of_messages(server, lambda: [server.pid], pack_dirs["constant"]) < IDLE_SWITCHES
 
 
 def test_nor_in_a_shard(new_server: Callable[..., OracleProcess], pack_dirs: Dirs) -> None:
     server = new_server(arguments=TWO_SHARDS)
-    assert switches_of_messages(server, lambda: list(shard_pids(server).values()), pack_dirs["constant"]) < MESSAGES / 2
+    assert (
+        switches_of_messages(server, lambda: list(shard_pids(server).values()), pack_dirs["constant"]) < IDLE_SWITCHES
+    )
 
 
 def test_whoever_starts_the_server_has_the_last_word(new_server: Callable[..., OracleProcess], pack_dirs: Dirs) -> None:
