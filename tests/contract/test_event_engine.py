@@ -11,8 +11,8 @@ from oracle_process import OracleProcess
 from sharded_server import TWO_SHARDS, shard_pids
 
 MESSAGES = 200
-# Its timers go on, the longer the slower a machine is and in every process (125 in two shards were seen); where it takes
-# part there are three for each message.
+# Its timers go on, in every process, and more often the slower a machine is (125 in two shards were seen); where it
+# takes part there are three for each message.
 IDLE_SWITCHES = 2 * MESSAGES
 Dirs = dict[str, Path]
 
