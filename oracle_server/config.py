@@ -93,7 +93,6 @@ class ServerConfig:
     | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
-
     | pack_registry (pack_registry) | none | HOST[:PORT]/REPOSITORY of an OCI registry that keeps every pack |
     | pack_registry (..._credentials) | none | file with one line, USER:PASSWORD; read at each use |
     | pack_registry (..._ca) | none | PEM file of who signs the registry's certificate; read at each use |

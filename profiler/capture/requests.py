@@ -31,8 +31,7 @@ class PlanRequests:
 
     Prompts that belong together are sent as one request as far as vLLM takes them: they reach the scheduler together,
     and no number of them is limited by a pool of connections. Answers are streamed, as clients of chats take them: with
-    answers in one piece the API server and the client sleep meanwhile, and where the device is a core beside theirs
-    its decode steps take 7 % longer (README).
+    answers in one piece decode steps of a CPU engine took 7 % longer (README).
     """
 
     def __init__(self, base_url: str, api_key: str, vocabulary: int | None) -> None:
