@@ -89,7 +89,7 @@ class ServerConfig:
     | scheduling | batch | batch: SCHED_BATCH, nearly half the CPU per step of a full core; other: as it was started |
     | max_stream_age_seconds | 480 | after so long, ± 20 %, engines open their streams anew, maybe elsewhere; 0: never |
     | database | none | file of the URL of a PostgreSQL that the servers of a fleet share; none: a file in state_dir |
-    | pack_folder | none | folder that all servers of a fleet have mounted, for packs; none: one server at a time |
+    | pack_folder | none | folder all servers of a fleet have mounted; without it or a registry: one server at a time |
     | tls (tls_cert, tls_key) | none | PEM files: TCP addresses speak TLS; read again when they change |
     | tls (tls_client_ca) | none | PEM file: clients must have a certificate that it has signed |
     | operator_token_file | none | file of the operator's token; read again when it changes. Calls need a credential |
