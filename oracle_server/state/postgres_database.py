@@ -159,7 +159,7 @@ class PostgresDatabase:
             db.close()
             raise DatabaseUnavailable(
                 "other servers use the database, and this one, or one of them, has its packs for itself; give every "
-                "server of the fleet the same --pack-folder, or start one alone"
+                "server of the fleet the same --pack-registry or --pack-folder, or start one alone"
             )
         with self._placing:
             self._db = db
