@@ -32,7 +32,7 @@ def test_a_swap_under_load_fails_nothing_and_mixes_nothing(
 
     def ask(i: int) -> set[int]:
         """Requests until the swaps are over, however long commands take; how many tokens they got."""
-        counts = set()
+        counts: set[int] = set()
         while not (counts and swapped.is_set()):
             answer = complete(engine, list(range(300, 340 + i)), max_tokens=300)
             counts.add(int(answer.usage.completion_tokens))
