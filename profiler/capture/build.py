@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,6 +35,10 @@ _KV_BLOCKS_APART: Final = 0.05
 _ANCHORED_NS: Final = 1_000_000_000
 _CONTEXT_BUCKET_WIDTH: Final = 256
 _MIN_SAMPLES: Final = 16
+# Decode-only steps that still pay for the prompts before them; in a plan, which puts prompts beside every batch size,
+# they are most of some regions, in a workload few.
+_UNSETTLED_STEPS: Final = 2
+_FEWEST_SETTLED: Final = 8
 
 
 @dataclass(frozen=True)
@@ -286,9 +291,10 @@ def _write_hybrid(
     created: datetime,
 ) -> tuple[str, list[str]]:
     """Fit what `trace export` would have written, and say in the manifest what the capture knows beyond it."""
+    settled, unsettled = settled_runs(runs)
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / "steps.parquet"
-        write_table(runs, table)
+        write_table(settled, table)
         fitted = fit(
             FitRequest(
                 samples=table,
@@ -306,7 +312,45 @@ def _write_hybrid(
         manifest = manifest_of(fitted, created)
     latency = msgspec.structs.replace(manifest.latency, **common["latency"])
     manifest = msgspec.structs.replace(manifest, **{**common, "latency": latency})
-    return write_manifest(fitted, manifest, directory), report_lines(fitted.file, fitted.model, fitted.regions)
+    lines = report_lines(fitted.file, fitted.model, fitted.regions)
+    if unsettled:
+        lines.insert(0, f"  not fitted: {unsettled} decode steps, the first {_UNSETTLED_STEPS} after a prompt's")
+    return write_manifest(fitted, manifest, directory), lines
+
+
+def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:
+    """The runs without decode-only steps that come right after prefill work, and how many those are.
+
+    A batch size of which there are fewer than 8 others keeps its own: late evidence is better than none.
+    """
+    marked = [(run, _settled(run.steps)) for run in runs]
+    others = Counter(
+        step.num_decode_requests
+        for run, settled in marked
+        for step, is_settled in zip(run.steps, settled, strict=True)
+        if is_settled and not step.chunk_tokens
+    )
+    kept = [
+        replace(
+            run,
+            steps=tuple(
+                step
+                for step, is_settled in zip(run.steps, settled, strict=True)
+                if is_settled or others[step.num_decode_requests] < _FEWEST_SETTLED
+            ),
+        )
+        for run, settled in marked
+    ]
+    return kept, sum(len(run.steps) for run in runs) - sum(len(run.steps) for run in kept)
+
+
+def _settled(steps: Sequence[CapturedStep]) -> list[bool]:
+    """Of each step, whether it has prefill work itself or none of the steps before it had."""
+    found, since = [], _UNSETTLED_STEPS
+    for step in steps:
+        since = 0 if step.chunk_tokens else since + 1
+        found.append(since == 0 or since > _UNSETTLED_STEPS)
+    return found
 
 
 def _name(facts: Mapping[str, Any], rank: Mapping[str, Any]) -> str:

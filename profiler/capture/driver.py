@@ -31,7 +31,8 @@ from profiler.capture.plan import (
 from profiler.capture.requests import PlanRequests, RequestRefused
 from profiler.capture.steps import PLAN_FILE, CapturedStep, RunTail, read_capture
 
-_DECODE_STEPS = 20
+# A decode step gets cheaper over the first ones of a request; workloads see few of those.
+_DECODE_STEPS = 32
 _INJECTIONS = 8
 # A region that takes more of the plan's time than this is left to a longer plan.
 _DEAREST = 0.1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from builders import build_constant_pack
 from fleet import step_oracle
 from oracle_server import pack
 from oracle_server.errors import InvalidArgument
-from profiler.capture.build import BuildRequest, build_pack
+from profiler.capture.build import BuildRequest, build_pack, settled_runs
 from profiler.capture.evaluate import DRAWS, evaluate, interval_of
 from profiler.capture.steps import read_capture
 from profiler.capture.table import COLUMNS, write_table
@@ -135,6 +137,42 @@ def test_steps_of_the_warm_up_and_the_first_ones_are_left_out_and_counted(tmp_pa
 
     assert built.lines[0] == "  340 steps of 1 runs; left out: 50 of the warm-up, 10 first of a run"
     assert pack.check_pack(tmp_path / "pack").manifest.coverage["steps"] == 340
+
+
+def test_decode_steps_right_after_a_prompt_are_fitted_only_where_there_are_no_others(tmp_path: Path) -> None:
+    """A plan puts prompts beside every batch size, so most of its decode steps there come right after one."""
+    index, made = 0, []
+    for requests, after in ((2, 12), (8, 3)):
+        for place in 2 * [*range(1 + after)]:
+            (step,) = captures.steps(1)
+            chunks = (64,) if place == 0 else ()
+            made.append(step._replace(step_index=index, chunk_tokens=chunks, num_decode_requests=requests))
+            index += 1
+    captures.write_run(tmp_path, captures.steps(50))
+    run = replace(read_capture(tmp_path)[0], steps=tuple(made))
+
+    (settled,), unsettled = settled_runs([run])
+
+    assert unsettled == 4
+    kept = Counter((step.num_decode_requests, bool(step.chunk_tokens)) for step in settled.steps)
+    assert kept == {(2, True): 2, (2, False): 20, (8, True): 2, (8, False): 6}
+
+
+def test_a_pack_is_not_slowed_by_decode_steps_right_after_prompts(tmp_path: Path) -> None:
+    """Half as slow again after each prompt, and steady from the third on."""
+    made = [
+        step._replace(device_end_ns=step.device_end_ns + step.latency_ns // 2)
+        if step.step_index % 4 in (1, 2)
+        else step
+        for step in captures.steps(800)
+    ]
+    captures.write_run(tmp_path / "capture", made)
+    captures.write_run(tmp_path / "steady", [step for step in captures.steps(400, seed=3) if step.step_index % 4 == 3])
+
+    built = build_pack(BuildRequest(tmp_path / "capture", licence="CC0-1.0"), tmp_path / "pack")
+
+    assert "  not fitted: 400 decode steps, the first 2 after a prompt's" in built.lines
+    assert abs(evaluate(tmp_path / "pack", tmp_path / "steady").overall.bias) < 1.0
 
 
 def test_runs_of_two_configurations_make_no_pack(tmp_path: Path) -> None:
