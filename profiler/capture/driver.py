@@ -90,6 +90,10 @@ class Coverage:
         """Regions that need no further visit."""
         return sum(is_tight(self.latencies[visit], target_percent) for visit in self.plan)
 
+    def measured(self) -> int:
+        """Regions with as many steps as a mean needs, whatever their spread."""
+        return sum(len(self.latencies[visit]) >= FEWEST_STEPS for visit in self.plan)
+
     def seconds(self, visit: Visit) -> float:
         """What its prompts will take, as prompts have taken so far; 0 as long as nothing is known."""
         repeats = _INJECTIONS if visit.chunk else 1
@@ -146,7 +150,8 @@ class PlanDriver:
         self._take_earlier_runs()
         known = self._coverage.tight(self._options.target_percent)
         plan = self._coverage.plan
-        self._event("plan begins", regions=len(plan), known=known, minutes=self._options.minutes)
+        measured = self._coverage.measured()
+        self._event("plan begins", regions=len(plan), known=known, measured=measured, minutes=self._options.minutes)
         self._say(f"plan: {len(plan)} regions, {known} known from earlier runs, {self._options.minutes:g} minutes")
         await self._warm_up()
         self._begin = time.monotonic()
@@ -154,8 +159,7 @@ class PlanDriver:
             if not await self._pass(number):
                 break
         self._take_up()
-        tight = self._coverage.tight(self._options.target_percent)
-        seen = sum(len(self._coverage.latencies[visit]) >= FEWEST_STEPS for visit in plan)
+        tight, seen = self._coverage.tight(self._options.target_percent), self._coverage.measured()
         self._event("plan ends", tight=tight, measured=seen, regions=len(plan))
         self._say(f"plan: {tight} of {len(plan)} regions tight, {seen} measured, {self._spent():.0f} s")
         await self._requests.close()
@@ -283,7 +287,14 @@ class PlanDriver:
             told = f"{len(known)} steps, {sorted(known)[len(known) // 2]:.3f} ms +- {error:.2f} %"
         left = max(0.0, self._seconds - self._spent())
         tight = is_tight(known, self._options.target_percent)
-        self._event("visit ends", visit=visit.label, steps=len(known), seconds=round(seconds, 2), tight=tight)
+        # Steps of one region's visit count for others too.
+        regions = {
+            "regions_tight": self._coverage.tight(self._options.target_percent),
+            "regions_measured": self._coverage.measured(),
+        }
+        self._event(
+            "visit ends", visit=visit.label, steps=len(known), seconds=round(seconds, 2), tight=tight, **regions
+        )
         self._say(f"[{place}] {visit.label}: {told}; {seconds:.1f} s, at most {left / 60:.1f} min left")
 
     def _event(self, event: str, **details: Any) -> None:

@@ -151,7 +151,8 @@ def plan_figure(plans: Sequence[PlanProgress]) -> Figure:
             axes.axvline(begin, color="#bbbbbb", linewidth=0.8)
     axes.axhline(plans[-1].regions, color=_GREY, linewidth=0.8, linestyle=":", label="in the plan")
     axes.set(title="Regions of the plan", xlabel="minutes of visits", ylabel="regions", ylim=(0, None), xlim=(0, None))
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    # Beside the axes: curves may be anywhere within them.
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from profiler.capture.launch import runs_of
-from profiler.capture.plan import FEWEST_STEPS
 from profiler.capture.steps import PLAN_FILE
 
 
@@ -50,8 +49,6 @@ def _progress(run: str, events: Iterable[dict[str, Any]]) -> PlanProgress | None
     begin: dict[str, Any] | None = None
     begin_ns, visits, ended = 0, 0, False
     points: list[tuple[float, int, int]] = []
-    tight: set[str] = set()
-    measured: set[str] = set()
     left_out: dict[str, str] = {}
     for event in events:
         kind, minutes = event.get("event"), (event.get("monotonic_ns", 0) - begin_ns) / 60e9
@@ -61,19 +58,14 @@ def _progress(run: str, events: Iterable[dict[str, Any]]) -> PlanProgress | None
             continue
         elif kind == "warm-up ends":
             begin_ns = event["monotonic_ns"]
-            points.append((0.0, begin["known"], begin["known"]))
+            points.append((0.0, begin["known"], begin["measured"]))
         elif kind == "visit ends":
             visits += 1
             left_out.pop(event["visit"], None)
-            if event["steps"] >= FEWEST_STEPS:
-                measured.add(event["visit"])
-            if event["tight"]:
-                tight.add(event["visit"])
-            points.append((minutes, begin["known"] + len(tight), begin["known"] + len(measured)))
+            points.append((minutes, event["regions_tight"], event["regions_measured"]))
         elif kind == "left out":
             left_out[event["visit"]] = event["reason"]
         elif kind == "plan ends":
-            # Steps of one region's visit count for others too, so more is known than the visits told.
             points.append((minutes, event["tight"], event["measured"]))
             ended = True
     if begin is None or not points:

@@ -74,6 +74,11 @@ def test_an_interrupted_plan_goes_on_where_it_ended(tmp_path: Path, capsys: pyte
     assert events(second)[0]["known"] >= len(known)
     assert events(second)[-1]["tight"] == len(visits(LIMITS))
     assert f"{events(second)[0]['known']} known from earlier runs" in capsys.readouterr().out
+    told = [event["regions_measured"] for event in events(second) if event["event"] == "visit ends"]
+    assert [events(second)[0]["measured"], *told, events(second)[-1]["measured"]] == sorted(
+        [events(second)[0]["measured"], *told, events(second)[-1]["measured"]]
+    )
+    assert events(second)[0]["measured"] >= len(known)
     assert [run.name for run in read_capture(tmp_path)] == ["run-001", "run-002"]
 
 

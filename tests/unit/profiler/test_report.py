@@ -372,34 +372,33 @@ def test_a_capture_has_a_page_and_a_timeline(tmp_path: Path) -> None:
     assert slices[0]["dur"] == pytest.approx(captures.steps(1)[0].latency_ns / 1e3)
 
 
-def _plan_file(run: Path, *, known: int, visits: Sequence[tuple[str, int, bool]], ends: bool = True) -> None:
-    """Events as the driver of a plan writes them, a minute per visit."""
+def _plan_file(run: Path, *, known: int, visits: Sequence[tuple[str, int, int]], ends: bool = True) -> None:
+    """Events as the driver of a plan writes them, a minute per visit: (region, regions tight, regions measured)."""
     events: list[dict[str, Any]] = [
-        {"event": "plan begins", "monotonic_ns": 0, "regions": 5, "known": known, "minutes": 9.0},
+        {"event": "plan begins", "monotonic_ns": 0, "regions": 5, "known": known, "measured": known, "minutes": 9.0},
         {"event": "warm-up begins", "monotonic_ns": 1},
         {"event": "warm-up ends", "monotonic_ns": 2},
         {"event": "left out", "monotonic_ns": 3, "visit": "decode 9 x 9", "reason": "refused: <too long>"},
     ]
-    for number, (visit, steps, tight) in enumerate(visits, start=1):
-        events.append(
-            {"event": "visit ends", "monotonic_ns": 60e9 * number, "visit": visit, "steps": steps, "tight": tight}
-        )
+    for number, (visit, tight, measured) in enumerate(visits, start=1):
+        regions = {"regions_tight": tight, "regions_measured": measured}
+        events.append({"event": "visit ends", "monotonic_ns": 60e9 * number, "visit": visit, **regions})
     if ends:
         events.append({"event": "plan ends", "monotonic_ns": 60e9 * 3, "tight": 4, "measured": 5, "regions": 5})
     (run / "plan.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "visi')
 
 
 def test_the_progress_of_a_plan_is_read_run_by_run(tmp_path: Path) -> None:
-    _plan_file(captures.write_run(tmp_path, []), known=0, visits=[("a", 3, False), ("b", 9, True)], ends=False)
-    _plan_file(captures.write_run(tmp_path, [], number=2), known=1, visits=[("a", 8, False), ("a", 99, True)])
+    _plan_file(captures.write_run(tmp_path, []), known=0, visits=[("a", 0, 0), ("b", 1, 3)], ends=False)
+    _plan_file(captures.write_run(tmp_path, [], number=2), known=1, visits=[("a", 1, 2), ("a", 3, 4)])
     captures.write_run(tmp_path, [], number=3)
     first, second = read_plans(tmp_path)
 
     assert [(round(minutes), tight, measured) for minutes, tight, measured in first.points] == [
-        *((0, 0, 0), (1, 0, 0), (2, 1, 1))
+        *((0, 0, 0), (1, 0, 0), (2, 1, 3))
     ]
     assert [(round(minutes), tight, measured) for minutes, tight, measured in second.points] == [
-        *((0, 1, 1), (1, 1, 2), (2, 2, 2), (3, 4, 5))
+        *((0, 1, 1), (1, 1, 2), (2, 3, 4), (3, 4, 5))
     ]
     assert (first.ended, first.visits, second.ended, second.run) == (False, 2, True, "run-002")
     assert first.left_out == {"decode 9 x 9": "refused: <too long>"}
@@ -407,7 +406,7 @@ def test_the_progress_of_a_plan_is_read_run_by_run(tmp_path: Path) -> None:
 
 def test_the_plan_figure_puts_runs_one_behind_the_other(tmp_path: Path) -> None:
     for number in (1, 2):
-        _plan_file(captures.write_run(tmp_path, [], number=number), known=number - 1, visits=[("a", 9, True)])
+        _plan_file(captures.write_run(tmp_path, [], number=number), known=number - 1, visits=[("a", 1, 1)])
     (axes,) = plan_figure(read_plans(tmp_path)).axes
     places = [np.asarray(line.get_xdata()) for line in axes.lines]
     ends = [float(place[-1]) for place in places if len(place) > 2]
@@ -417,7 +416,7 @@ def test_the_plan_figure_puts_runs_one_behind_the_other(tmp_path: Path) -> None:
 
 def test_a_capture_that_a_plan_drove_has_its_progress_on_the_page(tmp_path: Path) -> None:
     run = captures.write_run(tmp_path / "capture", captures.steps(40))
-    _plan_file(run, known=0, visits=[("a", 9, True)])
+    _plan_file(run, known=0, visits=[("a", 1, 1)])
     build_constant_pack(tmp_path / "pack")
     page, png = tmp_path / "report.html", tmp_path / "png"
     arguments = ["--on", str(tmp_path / "capture"), "-o", str(page), "--png", str(png)]
