@@ -240,6 +240,18 @@ BAD_PACKS: dict[str, tuple[str, Spoil, str, str]] = {
         "graph_capture_sizes",
         "ascend",
     ),
+    "wake_that_ends_sooner_after_longer": (
+        "composed",
+        set_field("latency.wake", [{"idle_ns": 5, "extra_ns": 9}, {"idle_ns": 6, "extra_ns": 8}]),
+        "latency.wake",
+        "never falls",
+    ),
+    "wake_at_one_pause_twice": (
+        "composed",
+        set_field("latency.wake", [{"idle_ns": 5, "extra_ns": 9}, {"idle_ns": 5, "extra_ns": 9}]),
+        "latency.wake",
+        "ascend",
+    ),
     "transition_of_a_composed_pack": ("composed", set_field("latency.transition", True), "transition", "only sampled"),
     "neighbors_unknown": (
         "sampled",

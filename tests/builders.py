@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from oracle_server.pack import (
@@ -22,6 +23,7 @@ from oracle_server.pack import (
     Model,
     Operator,
     SampledLatency,
+    WakePoint,
     write_pack,
 )
 from oracle_server.sampling.hybrid_tables import long_form
@@ -70,19 +72,21 @@ def build_composed_pack(
     composed: Mapping[str, Any] | None = None,
     prep_ns: int = 0,
     copy_ns: int = 0,
+    wake: Sequence[tuple[int, int]] = (),
     **overrides: Any,
 ) -> str:
     """A composed pack.
 
     `operators` maps names to {grid point: ns} (default: `plausible_operators()`), `knowledge` names to the Knowledge of
-    all their points (default 1, measured), `ratios` is the residual pool (None: no file), `composed` replaces fields of
-    ComposedLatency, `overrides` fields of the manifest.
+    all their points (default 1, measured), `ratios` is the residual pool (None: no file), `wake` (idle ns, extra ns) of
+    pauses, `composed` replaces fields of ComposedLatency, `overrides` fields of the manifest.
     """
     operators = plausible_operators() if operators is None else operators
     columns = operator_columns(operators, knowledge or {})
     latency = Latency(
         prep_ns=prep_ns,
         copy_ns=copy_ns,
+        wake=tuple(WakePoint(idle_ns=idle, extra_ns=extra) for idle, extra in wake) or UNSET,
         composed=ComposedLatency(**{"operators": operator_specs(operators), **(composed or {})}),
     )
     residuals = None if ratios is None else {"ratio": np.asarray(ratios, dtype=np.float32)}

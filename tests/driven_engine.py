@@ -42,6 +42,10 @@ class DrivenEngine:
     async def close(self) -> None:
         pass
 
+    async def rest(self, seconds: float) -> None:
+        """Nothing to do for so long, in the times of its steps alone."""
+        self._free_ns = max(self._free_ns, time.monotonic_ns()) + round(seconds * 1e9)
+
     async def complete(self, prompts: int, prompt_tokens: int, output_tokens: int) -> None:
         await asyncio.sleep(0)
         self.asked.append((prompts, prompt_tokens, output_tokens))

@@ -240,17 +240,23 @@ class StepOracleExecutor(Executor):
         step = self._reader.read(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
-        if isinstance(step, DecodeStep) and self._config.leases:
+        times, idle_ns = self._timeline.hand_over(dispatch_ns)
+        if isinstance(step, DecodeStep) and self._config.leases and not idle_ns:
             pending = self._stream.submit_decode(self._step_index, step, partial(self._request, step))
             if self._trace is not None:
                 pending.request = pending.request or self._request(step)
         else:
-            pending = self._stream.submit(self._request(step))
-        self._dispatched = _Step(step, StepTimes(dispatch_ns), pending)
+            pending = self._stream.submit(self._request(step, idle_ns))
+        self._dispatched = _Step(step, times, pending)
         return _RESOLVED if non_block else None
 
-    def _request(self, step: ScheduledStep | DecodeStep) -> step_pb2.StepRequest:
-        return step_pb2.StepRequest(step_index=self._step_index, shape=step.shape, device_time_ns=self._device_time_ns)
+    def _request(self, step: ScheduledStep | DecodeStep, idle_ns: int = 0) -> step_pb2.StepRequest:
+        return step_pb2.StepRequest(
+            step_index=self._step_index,
+            shape=step.shape,
+            device_time_ns=self._device_time_ns,
+            device_idle_ns=idle_ns,
+        )
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """The Future of the step handed over last."""

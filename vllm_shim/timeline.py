@@ -15,6 +15,8 @@ from typing import Any
 # Hybrid wait: sleep until this long before the deadline, then spin. Longer than the lateness of a sleep with a timer
 # slack of 1 ns.
 SPIN_NS = 200_000
+# What a busy engine does between two steps takes less.
+SHORTEST_IDLE_NS = 50_000_000
 
 
 @dataclass(slots=True)
@@ -33,6 +35,14 @@ class DeviceTimeline:
 
     def __init__(self) -> None:
         self._free_at_ns = 0
+        self._last: StepTimes | None = None
+
+    def hand_over(self, now_ns: int) -> tuple[StepTimes, int]:
+        """The times of a new step, and StepRequest.device_idle_ns."""
+        last, self._last = self._last, StepTimes(now_ns)
+        # Without a deadline it is under way still.
+        idle_ns = now_ns - last.device_finish_ns if last is not None and last.deadline_ns else 0
+        return self._last, idle_ns if idle_ns >= SHORTEST_IDLE_NS else 0
 
     def settle(self, times: StepTimes, *, latency_ns: int, prep_ns: int, copy_ns: int) -> None:
         """start = max(dispatch + prep, finish of the step before).

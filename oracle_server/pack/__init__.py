@@ -27,10 +27,12 @@ from oracle_server.pack.manifest import (
     Parallel,
     SampledLatency,
     Uncertainty,
+    WakePoint,
     canonical_manifest,
     digest_of,
     manifest_bytes,
     parse_manifest,
+    wake_curve,
 )
 from oracle_server.pack.writer import write_pack
 from oracle_server.sampling.grids import OPERATOR_AXES
@@ -67,6 +69,7 @@ __all__ = [
     "Parallel",
     "SampledLatency",
     "Uncertainty",
+    "WakePoint",
     "canonical_manifest",
     "check_pack",
     "cold_differences",
@@ -79,5 +82,6 @@ __all__ = [
     "parse_manifest",
     "plan_kv_blocks",
     "remove_partial_directories",
+    "wake_curve",
     "write_pack",
 ]

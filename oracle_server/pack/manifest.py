@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from oracle_server.errors import PackInvalid
+from oracle_server.sampling.wake import WakeCurve
 
 SCHEMA: Final = "step_oracle.pack/1"
 KINDS: Final = ("sampled", "composed", "hybrid")
@@ -162,6 +163,13 @@ class HybridLatency(Struct, frozen=True, kw_only=True):
     graph_capture_sizes: tuple[Count, ...] = ()
 
 
+class WakePoint(Struct, frozen=True, kw_only=True):
+    """What a step takes longer after so long without one; linear between points, that of the last one beyond it."""
+
+    idle_ns: Annotated[int, Meta(ge=1, le=3_600_000_000_000)]
+    extra_ns: Annotated[int, Meta(ge=0, le=600_000_000_000)]
+
+
 class Latency(Struct, frozen=True, kw_only=True):
     """Hot: how steps are timed. Exactly the options of the pack's kind are given."""
 
@@ -169,6 +177,8 @@ class Latency(Struct, frozen=True, kw_only=True):
     prep_ns: Annotated[int, Meta(ge=0, le=600_000_000_000)] = 0
     # Last kernel to visible result; 0 unknown.
     copy_ns: Annotated[int, Meta(ge=0, le=600_000_000_000)] = 0
+    # Rising in both numbers; stands in the file only where the pack knows it.
+    wake: Annotated[tuple[WakePoint, ...], Meta(max_length=32)] | UnsetType = UNSET
     # Sampled only: decode steps right after prefill work have samples of their own.
     transition: bool = False
     sampled: SampledLatency | None = None
@@ -263,6 +273,12 @@ def hybrid_latency(manifest: Manifest) -> HybridLatency:
     if not isinstance(manifest.latency.hybrid, HybridLatency):
         raise PackInvalid("a hybrid pack gives latency.hybrid", where="manifest.json: latency.hybrid")
     return manifest.latency.hybrid
+
+
+def wake_curve(latency: Latency) -> WakeCurve:
+    """What steps after a pause cost more; nothing where the pack does not know it."""
+    points = () if latency.wake is UNSET else latency.wake
+    return WakeCurve([(point.idle_ns, point.extra_ns) for point in points])
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -367,6 +383,8 @@ def _check_consistency(manifest: Manifest) -> None:
             )
     if latency.transition and manifest.kind != "sampled":
         raise PackInvalid("only sampled packs have a transition term", where="manifest.json: latency.transition")
+    if latency.wake is not UNSET:
+        _check_wake(latency.wake)
     if latency.sampled is not None:
         _check_neighbors(latency.sampled)
     composed = latency.composed
@@ -386,6 +404,14 @@ def _check_consistency(manifest: Manifest) -> None:
     uncertainty = manifest.uncertainty
     if uncertainty is not None and not uncertainty.low_percent <= uncertainty.high_percent:
         raise PackInvalid("low_percent is above high_percent", where="manifest.json: uncertainty")
+
+
+def _check_wake(points: tuple[WakePoint, ...]) -> None:
+    if any(b.idle_ns <= a.idle_ns or b.extra_ns < a.extra_ns for a, b in pairwise(points)):
+        raise PackInvalid(
+            "points ascend in idle_ns, and extra_ns never falls: who rests longer does not wake sooner",
+            where="manifest.json: latency.wake",
+        )
 
 
 def _check_neighbors(sampled: SampledLatency) -> None:

@@ -130,7 +130,7 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
         response = pb.SampleStepResponse()
         for step in request.steps:
             query, drafts, new_requests = wire.read_step(step)
-            answer = plan.answer(step.step_index, query, drafts, new_requests, step.device_time_ns)
+            answer = plan.answer(step.step_index, query, drafts, new_requests, step.device_time_ns, step.device_idle_ns)
             wire.write_reply(response.replies.add(), step.step_index, plan.generation, answer)
             steps_by_support[answer.support] += 1
             live.sampled_steps += 1

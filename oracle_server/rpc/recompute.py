@@ -192,7 +192,9 @@ def _recompute_trace(history: _History, trace: Path, report: Report) -> None:
                 plans[generation] = history.snapshot(identity.experiment, generation).plan(identity)
             query, drafts, new_requests = wire.read_step(step.request)
             asked = step.request
-            answer = plans[generation].answer(asked.step_index, query, drafts, new_requests, asked.device_time_ns)
+            answer = plans[generation].answer(
+                asked.step_index, query, drafts, new_requests, asked.device_time_ns, asked.device_idle_ns
+            )
         except (GenerationNotFound, PackNotFound):
             report.skipped += 1
             continue

@@ -261,7 +261,7 @@ class StepStream:
                 snapshot.check_generation(min_generation)
             query, drafts, new_requests = wire.read_step(step)
             device_time_ns = step.device_time_ns
-            answer = plan.answer(step.step_index, query, drafts, new_requests, device_time_ns)
+            answer = plan.answer(step.step_index, query, drafts, new_requests, device_time_ns, step.device_idle_ns)
             reply = response.replies.add()
             wire.write_reply(reply, step.step_index, plan.generation, answer)
             if not plan.leasable:

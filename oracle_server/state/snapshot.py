@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from oracle_server.errors import AcceptanceUnknown, BadStep, PackRegistryUnavailable, StaleGeneration, SupportRefused
-from oracle_server.pack import Manifest
+from oracle_server.pack import Manifest, wake_curve
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, Answer, DecodeRecord
 from oracle_server.sampling.oracle import Oracle
@@ -132,6 +132,7 @@ class EnginePlan:
         "_refuse",
         "_schedule",
         "_seed",
+        "_wake",
         "copy_ns",
         "generation",
         "key",
@@ -160,6 +161,7 @@ class EnginePlan:
         self.leasable = self._schedule is None and not binding.shadow_pack_digest
         self.prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
         self.copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
+        self._wake = wake_curve(pack.manifest.latency)
         self._refuse = binding.support_policy == SUPPORT_REFUSE
         self._acceptance = binding.draft_acceptance_rate
         self._lengths = snapshot.lengths
@@ -171,10 +173,12 @@ class EnginePlan:
         draft_tokens: Sequence[int],
         new_requests: Sequence[NewRequest],
         device_time_ns: int = 0,
+        device_idle_ns: int = 0,
     ) -> StepAnswer:
         """The answer to one step; SupportRefused, AcceptanceUnknown.
 
-        `device_time_ns` is how long the engine's device was busy before the step, as the step says.
+        `device_time_ns` is how long the engine's device was busy before the step, and `device_idle_ns` how long it had
+        nothing to do, as the step says.
         """
         if self._schedule is None:
             stall_ns, is_error = 0, False
@@ -190,7 +194,7 @@ class EnginePlan:
         accepted = self._accept(step_index, draft_tokens) if draft_tokens else ()
         return StepAnswer(
             latency_ns,
-            self.prep_ns,
+            self._prep_ns(device_idle_ns) if device_idle_ns else self.prep_ns,
             self.copy_ns,
             query.num_decode_requests + sum(accepted),
             accepted,
@@ -201,6 +205,9 @@ class EnginePlan:
             stall_ns,
             is_error,
         )
+
+    def _prep_ns(self, idle_ns: int) -> int:
+        return self.prep_ns + scaled(self._wake.extra_ns(idle_ns), self.snapshot.binding.time_scale)
 
     def latency(self, step_index: int, query: StepQuery, device_time_ns: int) -> tuple[int, int]:
         """(Latency, support) of one step, overlays included, whatever the support policy says."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,10 +17,13 @@ import numpy as np
 
 from oracle_server import pack
 from oracle_server.errors import InvalidArgument
-from profiler.capture.steps import CapturedRun, CapturedStep, read_capture
+from oracle_server.sampling.oracle import Oracle
+from profiler.capture.regions import query_of
+from profiler.capture.steps import CapturedRun, CapturedStep, idle_ns, read_capture
 from profiler.capture.table import write_table
 from profiler.hybrid_pack import FitRequest, fit, manifest_of, write_manifest
 from profiler.hybrid_report import report_lines
+from vllm_shim.timeline import SHORTEST_IDLE_NS
 
 KINDS: Final = ("hybrid", "sampled")
 # Runs that differ in one of these measured two configurations; a pack is one.
@@ -39,6 +43,10 @@ _MIN_SAMPLES: Final = 16
 # they are most of some regions, in a workload few.
 _UNSETTLED_STEPS: Final = 2
 _FEWEST_SETTLED: Final = 8
+# Steps after a pause: as many as tell something, by bands of a factor of this in the pause.
+_FEWEST_WOKEN: Final = 6
+_WAKE_BAND: Final = 4.0
+_FEWEST_IN_BAND: Final = 3
 
 
 @dataclass(frozen=True)
@@ -291,7 +299,8 @@ def _write_hybrid(
     created: datetime,
 ) -> tuple[str, list[str]]:
     """Fit what `trace export` would have written, and say in the manifest what the capture knows beyond it."""
-    settled, unsettled = settled_runs(runs)
+    awake, woken = awake_runs(runs)
+    settled, unsettled = settled_runs(awake)
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / "steps.parquet"
         write_table(settled, table)
@@ -311,11 +320,55 @@ def _write_hybrid(
         )
         manifest = manifest_of(fitted, created)
     latency = msgspec.structs.replace(manifest.latency, **common["latency"])
-    manifest = msgspec.structs.replace(manifest, **{**common, "latency": latency})
     lines = report_lines(fitted.file, fitted.model, fitted.regions)
+    if points := wake_points(woken, fitted.model.oracle()):
+        latency = msgspec.structs.replace(latency, wake=points)
+        told = ", ".join(f"{point.extra_ns / 1e6:.2f} ms after {point.idle_ns / 1e9:.2f} s" for point in points)
+        lines.insert(0, f"  wake: {len(woken)} steps after a pause take longer by {told}")
     if unsettled:
         lines.insert(0, f"  not fitted: {unsettled} decode steps, the first {_UNSETTLED_STEPS} after a prompt's")
+    manifest = msgspec.structs.replace(manifest, **{**common, "latency": latency})
     return write_manifest(fitted, manifest, directory), lines
+
+
+def awake_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], list[tuple[int, CapturedStep]]]:
+    """The runs without the steps that came after a pause, and those with the pause in ns.
+
+    Too few of these tell nothing of a device that wakes: then they stay.
+    """
+    paused = [idle_ns(run.steps) for run in runs]
+    woken = [
+        (pause, step)
+        for run, pauses in zip(runs, paused, strict=True)
+        for pause, step in zip(pauses, run.steps, strict=True)
+        if pause
+    ]
+    if len(woken) < _FEWEST_WOKEN:
+        return list(runs), []
+    awake = [
+        replace(run, steps=tuple(step for pause, step in zip(pauses, run.steps, strict=True) if not pause))
+        for run, pauses in zip(runs, paused, strict=True)
+    ]
+    return awake, woken
+
+
+def wake_points(woken: Sequence[tuple[int, CapturedStep]], oracle: Oracle) -> tuple[pack.WakePoint, ...]:
+    """What steps took longer than expected of them, by how long the device had rested: medians, never falling."""
+    from scipy.optimize import isotonic_regression
+
+    bands: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for pause, step in woken:
+        extra_ns = step.latency_ns - oracle.answer(query_of(step), 0, 0).latency_ns
+        bands[int(math.log(pause / SHORTEST_IDLE_NS, _WAKE_BAND))].append((pause, extra_ns))
+    told = [np.array(bands[band]) for band in sorted(bands) if len(bands[band]) >= _FEWEST_IN_BAND]
+    if not told:
+        return ()
+    extra_ns = isotonic_regression([np.median(band[:, 1]) for band in told], weights=[len(band) for band in told]).x
+    points = tuple(
+        pack.WakePoint(idle_ns=int(np.median(band[:, 0])), extra_ns=max(0, int(extra)))
+        for band, extra in zip(told, extra_ns, strict=True)
+    )
+    return points if points[-1].extra_ns else ()
 
 
 def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:

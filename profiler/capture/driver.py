@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,11 @@ _MOST_PASSES = 4
 _MOST_IN_VAIN = 2
 # Both kinds of step are worth more than the time that was asked for, but not more than so many times of it.
 _OVERTIME = 2.0
+# Seconds without a step, in rounds of which a plan makes what this share of its time allows; the prompt that ends one.
+_PAUSES = (0.1, 0.4, 1.6, 6.4)
+_PAUSE_ROUNDS = 4
+_PAUSES_SHARE = 0.1
+_PAUSE_PROMPT = 64
 # Writers write four times a second.
 _FIRST_STEPS_SECONDS = 10.0
 _LOOK_SECONDS = 0.25
@@ -134,8 +139,16 @@ class PlanDriver:
     watched: so many times the requests are sent.
     """
 
-    def __init__(self, requests: Requests, run: Path, limits: EngineLimits, options: PlanOptions) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        run: Path,
+        limits: EngineLimits,
+        options: PlanOptions,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._requests, self._run, self._limits, self._options = requests, run, limits, options
+        self._sleep = sleep
         self._ranks = max(1, len(list(run.glob("engine*.json"))))
         self._coverage = Coverage(visits(limits))
         self._seconds = options.minutes * 60
@@ -155,6 +168,7 @@ class PlanDriver:
         self._say(f"plan: {len(plan)} regions, {known} known from earlier runs, {self._options.minutes:g} minutes")
         await self._warm_up()
         self._begin = time.monotonic()
+        await self._pauses()
         for number in range(_MOST_PASSES):
             if not await self._pass(number):
                 break
@@ -261,6 +275,17 @@ class PlanDriver:
             raise InvalidArgument(f"the engine refuses the plan's warm-up: {refusal}", field="engine") from None
         await self._first_steps()
         self._event("warm-up ends")
+
+    async def _pauses(self) -> None:
+        """A short prompt after each of some pauses: what a device that has rested takes longer."""
+        slept, most = 0.0, _PAUSES_SHARE * self._seconds
+        prompt = max(1, min(_PAUSE_PROMPT, self._limits.max_model_len // 2))
+        for pause in _PAUSES * _PAUSE_ROUNDS:
+            if slept + pause <= most:
+                await self._sleep(pause)
+                slept += pause
+                await self._requests.complete(self._ranks, prompt, 1)
+        self._event("pauses end", seconds=round(slept, 1))
 
     async def _first_steps(self) -> None:
         """Until a step of the warm-up is in every file: where none comes, none ever will."""

@@ -19,9 +19,10 @@ from oracle_server import pack
 from oracle_server.sampling.answer import SUPPORT_EXACT, SUPPORT_EXTRAPOLATED, SUPPORT_INTERPOLATED
 from oracle_server.sampling.oracle import Oracle
 from oracle_server.sampling.shape import StepQuery
+from oracle_server.sampling.wake import WakeCurve
 from profiler.capture.build import run_digest, run_folder
 from profiler.capture.regions import query_of, region_of, region_order
-from profiler.capture.steps import CapturedRun, CapturedStep, read_capture
+from profiler.capture.steps import CapturedRun, CapturedStep, idle_ns, read_capture
 
 # Answers drawn for each step: the mean is what is expected of it, the middle 90 % its interval.
 DRAWS: Final = 64
@@ -75,8 +76,9 @@ def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluati
     with tempfile.TemporaryDirectory() as scratch:
         report = pack.compile_pack(directory, Path(scratch) / "compiled")
         oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
+        wake = pack.wake_curve(report.manifest.latency)
         runs = read_capture(capture)
-        judged = [(run, _judge(oracle, _usable(run, skip_steps))) for run in runs]
+        judged = [(run, _judge(oracle, wake, _usable(run, skip_steps))) for run in runs]
     known = " ".join(report.manifest.provenance.values())
     held_out = {run.name: run_digest(run_folder(capture, run), run.name) not in known for run in runs}
     told = [(run, answers) for run, answers in judged if held_out[run.name]] or judged
@@ -129,11 +131,13 @@ def _usable(run: CapturedRun, skip: int) -> list[CapturedStep]:
     return [step for step in run.steps if not step.warm_up and step.latency_ns > 0][skip:]
 
 
-def _judge(oracle: Oracle, steps: Sequence[CapturedStep]) -> NDArray[np.float64]:
+def _judge(oracle: Oracle, wake: WakeCurve, steps: Sequence[CapturedStep]) -> NDArray[np.float64]:
     """A row per step: truth, expected, low and high end of the interval, support."""
     rows = np.zeros((len(steps), 5))
-    for number, step in enumerate(steps):
+    for number, (step, pause) in enumerate(zip(steps, idle_ns(steps), strict=True)):
         drawn, support = draws(oracle, query_of(step), number * DRAWS)
+        # What an engine waits for longer as preparation is in the captured device time.
+        drawn += wake.extra_ns(pause)
         low, high = interval_of(drawn)
         rows[number] = step.latency_ns, drawn.mean(), low, high, support
     return rows

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from oracle_server.errors import InvalidArgument
 from profiler.capture.launch import runs_of
 from profiler.capture.trace_file import MAGIC, CaptureFile, read_capture_file, read_records
 from step_oracle.v1 import capture_pb2 as pb
+from vllm_shim.timeline import SHORTEST_IDLE_NS
 
 PLAN_FILE = "plan.jsonl"
 # Workers and scheduler count steps from one beginning; more than this between them is no delay but another run.
@@ -55,6 +57,12 @@ class CapturedStep(NamedTuple):
     @property
     def total_tokens(self) -> int:
         return sum(self.chunk_tokens) + self.num_decode_tokens
+
+
+def idle_ns(steps: Sequence[CapturedStep]) -> list[int]:
+    """Of each step of a run, how long the device had had nothing to do, as StepRequest.device_idle_ns counts it."""
+    pauses = [0, *(after.dispatch_ns - before.device_end_ns for before, after in pairwise(steps))]
+    return [pause if pause >= SHORTEST_IDLE_NS else 0 for pause in pauses[: len(steps)]]
 
 
 @dataclass(frozen=True)

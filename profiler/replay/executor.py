@@ -159,7 +159,7 @@ class ReplayExecutor(StepOracleExecutor):
         self._step_index += 1
         self._clock.wait_until(self._finish_ns[0])
         latency_ns, prep_ns, copy_ns = self._oracle.dummy(self._step_index)
-        times = self._gather(StepTimes(self._clock.now_ns()), latency_ns)
+        times = self._gather(self._timeline.hand_over(self._clock.now_ns())[0], latency_ns)
         self._settle_together(times, prep_ns, copy_ns)
 
     def _gather(self, times: StepTimes, latency_ns: int) -> StepTimes:

@@ -10,9 +10,11 @@ from oracle_server.sampling import draws
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED
 from oracle_server.sampling.oracle import Oracle
 from oracle_server.sampling.shape import StepQuery
+from oracle_server.sampling.wake import WakeCurve
 from step_oracle.v1 import step_pb2 as pb
 from vllm_shim.stream import PendingStep
 
+NO_WAKE = WakeCurve(())
 _NONE: tuple[int, ...] = ()
 # vLLM's dummy run has one token; there is no step without any context, so it reads its own.
 _DUMMY = StepQuery(_NONE, _NONE, 1, 1, 1, 1, 1, 0, 0)
@@ -46,12 +48,14 @@ class LocalOracle:
         engine_id: str,
         refuse_extrapolated: bool = False,
         latencies_ns: Sequence[int] | None = None,
+        wake: WakeCurve = NO_WAKE,
     ) -> None:
         """`latencies_ns`: answers by order of the steps instead of the oracle's, for a null oracle."""
         self._oracle = oracle
         self._key = draws.engine_key(seed, engine_id)
         self._refuse = refuse_extrapolated
         self._given = latencies_ns
+        self._wake = wake
         self.latencies_ns: list[int] = []
         self.counts = SupportCounts()
         self.dummy_steps = 0
@@ -78,7 +82,7 @@ class LocalOracle:
         reply = pending.reply = pb.StepReply(
             step_index=request.step_index,
             latency_ns=(latency_ns,),
-            prep_ns=self._oracle.prep_ns,
+            prep_ns=self._oracle.prep_ns + self._wake.extra_ns(request.device_idle_ns),
             copy_ns=self._oracle.copy_ns,
             generated_tokens=shape.num_decode_requests,
             generation=1,

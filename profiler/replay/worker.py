@@ -50,6 +50,7 @@ class _Worker:
         from vllm.version import __version__ as vllm_version
 
         from oracle_server.pack.load import load_compiled, open_oracle
+        from oracle_server.pack.manifest import wake_curve
         from profiler.replay import clock
         from profiler.replay.engine import ReplayEngine
         from profiler.replay.executor import ReplayContext
@@ -58,6 +59,7 @@ class _Worker:
 
         compiled = load_compiled(Path(job.compiled_pack))
         self._oracle = open_oracle(compiled)
+        self._wake = wake_curve(compiled.manifest.latency)
         self._oracle.warm()
         ranks = _data_parallel_size(job)
         config = _vllm_config(job, ranks)
@@ -123,6 +125,7 @@ class _Worker:
                 engine_id=self._names[i],
                 refuse_extrapolated=self._job.refuse_extrapolated,
                 latencies_ns=before[i] if spec.null_oracle else None,
+                wake=self._wake,
             )
             oracles.append(oracle)
             engine.begin_run(oracle, spec.trace_prefix)

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from builders import build_composed_pack
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, Stream, decode, identity, info_of, mixed_steps, reason_of
 from oracle_process import OracleProcess
 from oracle_server.rpc.recompute import recompute_at, recompute_from
@@ -94,6 +95,29 @@ def test_every_answer_under_overlays_recomputes(
         step.device_time_ns += HOUR_NS
     trace.add(asked, replies)
     assert recompute_from(server.state_dir, [trace.path]).different > 300
+
+
+def test_a_step_after_a_pause_is_answered_from_the_pack_s_curve_and_recomputes(
+    calls: Calls, server: OracleProcess, tmp_path: Path
+) -> None:
+    build_composed_pack(tmp_path / "pack", prep_ns=500, wake=[(60_000_000, 8_000), (1_000_000_000, 20_000)])
+    calls.create(calls.upload(tmp_path / "pack"), time_scale=0.5)
+    stream, trace = calls.join("traced"), Trace(tmp_path / "traced.trace", "traced")
+    asked = with_device_time(mixed_steps(8), 0)
+    pauses = [0, 60_000_000, 0, 530_000_000, 1_000_000_000, 10**13, 0, 90_000_000]
+    for step, pause in zip(asked, pauses, strict=True):
+        step.device_idle_ns = pause
+    replies = stream.ask(*asked)
+    stream.close()
+
+    assert [reply.prep_ns - 250 for reply in replies] == [0, 4_000, 0, 7_000, 10_000, 10_000, 0, 4_191]
+    trace.add(asked, replies)
+    assert recompute_from(server.state_dir, [trace.path]).equal == 8
+    assert recompute_at(calls.client, [trace.path]).equal == 8
+    asked[0].device_idle_ns = 60_000_000
+    other = Trace(tmp_path / "other.trace", "traced")
+    other.add(asked, replies)
+    assert recompute_at(calls.client, [other.path]).different == 1
 
 
 def test_a_factor_on_three_of_ten_engines_is_recovered_on_those_and_nobody_else_moves(

@@ -100,14 +100,16 @@ class NewRequest(_message.Message):
     def __init__(self, request_key: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: bool = ..., output_tokens_hint: _Optional[int] = ..., priority: _Optional[int] = ..., lora: _Optional[str] = ..., length_class: _Optional[str] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("step_index", "shape", "device_time_ns")
+    __slots__ = ("step_index", "shape", "device_time_ns", "device_idle_ns")
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_IDLE_NS_FIELD_NUMBER: _ClassVar[int]
     step_index: int
     shape: StepShape
     device_time_ns: int
-    def __init__(self, step_index: _Optional[int] = ..., shape: _Optional[_Union[StepShape, _Mapping]] = ..., device_time_ns: _Optional[int] = ...) -> None: ...
+    device_idle_ns: int
+    def __init__(self, step_index: _Optional[int] = ..., shape: _Optional[_Union[StepShape, _Mapping]] = ..., device_time_ns: _Optional[int] = ..., device_idle_ns: _Optional[int] = ...) -> None: ...
 
 class TargetOutputTokens(_message.Message):
     __slots__ = ("output_tokens", "source")

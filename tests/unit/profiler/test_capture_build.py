@@ -6,10 +6,12 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +23,7 @@ from oracle_server import pack
 from oracle_server.errors import InvalidArgument
 from profiler.capture.build import BuildRequest, build_pack, settled_runs
 from profiler.capture.evaluate import DRAWS, evaluate, interval_of
-from profiler.capture.steps import read_capture
+from profiler.capture.steps import CapturedStep, read_capture
 from profiler.capture.table import COLUMNS, write_table
 from profiler.pack_compare import compare_packs
 
@@ -173,6 +175,48 @@ def test_a_pack_is_not_slowed_by_decode_steps_right_after_prompts(tmp_path: Path
 
     assert "  not fitted: 400 decode steps, the first 2 after a prompt's" in built.lines
     assert abs(evaluate(tmp_path / "pack", tmp_path / "steady").overall.bias) < 1.0
+
+
+def paused(made: Sequence[CapturedStep], seconds: Sequence[float], every: int) -> list[CapturedStep]:
+    """Every so many steps a pause, one of these in turn; the step after takes 10 ms longer for each factor of 4."""
+    shifted, shift_ns = [], 0
+    for number, step in enumerate(made):
+        extra_ns = 0
+        if number and number % every == 0:
+            pause = seconds[number // every % len(seconds)]
+            extra_ns = round(1e7 * math.log(pause / 0.1, 4))
+            shift_ns += round(pause * 1e9)
+        times = {
+            name: getattr(step, name) + shift_ns
+            for name in ("dispatch_ns", "device_start_ns", "device_end_ns", "result_ns")
+        }
+        shift_ns += extra_ns
+        times |= {name: times[name] + extra_ns for name in ("device_end_ns", "result_ns")}
+        shifted.append(step._replace(**times))
+    return shifted
+
+
+def test_what_steps_take_longer_after_a_pause_is_in_the_pack_and_not_in_its_other_steps(tmp_path: Path) -> None:
+    pauses = (0.1, 0.4, 1.6, 6.4)
+    captures.write_run(tmp_path / "capture", paused(captures.steps(800), pauses, 20))
+    captures.write_run(tmp_path / "other", paused(captures.steps(300, seed=3), pauses, 10))
+    built = build_pack(BuildRequest(tmp_path / "capture", licence="CC0-1.0"), tmp_path / "pack")
+    wake = pack.check_pack(tmp_path / "pack").manifest.latency.wake
+
+    assert any(line.startswith("  wake: 39 steps after a pause take longer by ") for line in built.lines)
+    assert not isinstance(wake, msgspec.UnsetType)
+    assert [round(point.idle_ns / 1e9, 1) for point in wake] == list(pauses)
+    assert [point.extra_ns / 1e6 for point in wake] == pytest.approx([0, 10, 20, 30], abs=1)
+    evaluation = evaluate(tmp_path / "pack", tmp_path / "other")
+    assert evaluation.overall.mape < 2.0
+    assert abs(evaluation.overall.bias) < 1.0
+
+
+def test_a_few_steps_after_a_pause_tell_nothing_of_waking(tmp_path: Path) -> None:
+    captures.write_run(tmp_path, paused(captures.steps(400), (6.4,), 80))
+    build_pack(BuildRequest(tmp_path, licence="CC0-1.0"), tmp_path / "pack")
+
+    assert isinstance(pack.check_pack(tmp_path / "pack").manifest.latency.wake, msgspec.UnsetType)
 
 
 def test_runs_of_two_configurations_make_no_pack(tmp_path: Path) -> None:

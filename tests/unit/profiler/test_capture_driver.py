@@ -16,7 +16,7 @@ from oracle_server.errors import InvalidArgument
 from profiler.capture import driver
 from profiler.capture.driver import PlanDriver, PlanOptions
 from profiler.capture.plan import EngineLimits, visits
-from profiler.capture.steps import PLAN_FILE, read_capture
+from profiler.capture.steps import PLAN_FILE, idle_ns, read_capture
 
 LIMITS = EngineLimits(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, kv_tokens=4096)
 
@@ -27,7 +27,7 @@ def new_run(folder: Path, number: int = 1) -> Path:
 
 
 def drive(run: Path, engine: DrivenEngine, *, minutes: float = 10.0, limits: EngineLimits = LIMITS) -> None:
-    asyncio.run(PlanDriver(engine, run, limits, PlanOptions(minutes, 1.0)).drive())
+    asyncio.run(PlanDriver(engine, run, limits, PlanOptions(minutes, 1.0), engine.rest).drive())
 
 
 def events(run: Path) -> list[dict[str, Any]]:
@@ -179,10 +179,22 @@ def test_a_worker_that_counts_otherwise_is_followed_too(tmp_path: Path) -> None:
     assert events(run)[-1]["tight"] == len(visits(LIMITS))
 
 
+def test_a_plan_rests_for_a_share_of_its_time_and_the_capture_has_the_steps_after(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    drive(run, DrivenEngine(run, LIMITS), minutes=0.5)
+    (captured,) = read_capture(tmp_path)
+    pauses = [pause / 1e9 for pause in idle_ns(captured.steps) if pause]
+
+    assert [round(pause, 1) for pause in pauses] == [0.1, 0.4, 1.6, 0.1, 0.4, 0.1, 0.1]
+    assert [event["seconds"] for event in events(run) if event["event"] == "pauses end"] == [2.8]
+
+
 def test_a_dear_region_is_left_out_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = new_run(tmp_path)
-    plan = PlanDriver(DrivenEngine(run, LIMITS), run, LIMITS, PlanOptions(10.0, 1.0))
-    plan._coverage.prefill_tokens, plan._coverage.prefill_seconds = 1, 1.0
+    engine = DrivenEngine(run, LIMITS)
+    plan = PlanDriver(engine, run, LIMITS, PlanOptions(10.0, 1.0), engine.rest)
+    # A second for each token, those of the prompts after pauses included.
+    plan._coverage.prefill_tokens, plan._coverage.prefill_seconds = 1, 1000.0
     asyncio.run(plan.drive())
 
     assert "left out, too dear for the time left" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
+from vllm_shim.timeline import SHORTEST_IDLE_NS, Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
 
 
 def test_an_idle_device_starts_after_prep() -> None:
@@ -19,6 +19,20 @@ def test_a_busy_device_starts_when_the_step_before_is_finished() -> None:
     timeline.settle(second, latency_ns=70, prep_ns=10, copy_ns=0)
     assert second.device_start_ns == first.device_finish_ns == 1_110
     assert second.deadline_ns == 1_180
+
+
+def test_a_pause_is_told_from_the_device_s_last_finish_on() -> None:
+    timeline = DeviceTimeline()
+    first, idle_ns = timeline.hand_over(SHORTEST_IDLE_NS * 5)
+    assert idle_ns == 0
+    timeline.settle(first, latency_ns=100, prep_ns=10, copy_ns=50)
+    second, idle_ns = timeline.hand_over(first.device_finish_ns + SHORTEST_IDLE_NS)
+    assert idle_ns == SHORTEST_IDLE_NS
+    timeline.settle(second, latency_ns=100, prep_ns=10, copy_ns=50)
+    third, idle_ns = timeline.hand_over(second.device_finish_ns + SHORTEST_IDLE_NS - 1)
+    assert idle_ns == 0
+    # The third is under way: whatever the clock says, the device is not idle.
+    assert timeline.hand_over(third.dispatch_ns + 10 * SHORTEST_IDLE_NS)[1] == 0
 
 
 @given(

@@ -11,6 +11,7 @@ import pytest
 
 from builders import decode_query
 from oracle_server.errors import AcceptanceUnknown, BadStep, NoRuleMatches, StaleGeneration, SupportRefused
+from oracle_server.pack import Latency, WakePoint
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import Answer
 from oracle_server.sampling.shape import StepQuery
@@ -56,7 +57,8 @@ class Fixed:
 
 
 def snapshot(oracle: Fixed | None = None, **binding: Any) -> Snapshot:
-    manifest = cast(Any, SimpleNamespace(coverage={"max_tokens": 99}))
+    latency = Latency(wake=(WakePoint(idle_ns=100, extra_ns=40), WakePoint(idle_ns=300, extra_ns=60)))
+    manifest = cast(Any, SimpleNamespace(coverage={"max_tokens": 99}, latency=latency))
     packs = {digest: LoadedPack(digest, manifest, oracle or Fixed()) for digest in ("a", "b")}
     return Snapshot("tenants/default/experiments/e", 3, Binding(**{"default_pack_digest": "a", **binding}), packs)
 
@@ -81,6 +83,15 @@ def test_the_overlays_of_a_step_act_together() -> None:
         (20, 5000): (1850, 350, True),
         (10, 5000): (3350, 350, True),
     }
+
+
+def test_a_step_after_a_pause_is_prepared_for_longer() -> None:
+    for time_scale, expected in ((1.0, [0, 20, 50, 60, 60]), (0.5, [0, 10, 25, 30, 30])):
+        plan = snapshot(time_scale=time_scale).plan(ENGINE)
+        answers = [plan.answer(3, QUERY, (), (), 0, idle_ns) for idle_ns in (0, 50, 200, 300, 10**9)]
+
+        assert [answer.prep_ns - plan.prep_ns for answer in answers] == expected
+        assert len({answer._replace(prep_ns=0) for answer in answers}) == 1
 
 
 def test_only_engines_that_a_varying_overlay_touches_go_without_leases() -> None:
