@@ -78,11 +78,12 @@ METHODS = tuple(
 RATE_SECONDS = 1.0
 # How often packs are asked for that could not be had when their experiment wanted them.
 COMPLETE_SECONDS = 5.0
-# Shims ping each 30 s; the server tolerates one per 10 s, with or without a call (grpc's default is one per 300 s, and
-# a GOAWAY for whoever pings more often).
+# Shims ping each 30 s, and gRPC itself to measure a connection; the server tolerates one per second, with or without a
+# call (grpc's default is one per 300 s, and a GOAWAY for whoever pings more often a few times in a row). Far below
+# 30 s: on a machine so busy that pings are sent late they come close together.
 _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -92,6 +93,40 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_end(server: OracleProc
         time.sleep(1)
         assert server.terminate() == 0
         call.cancel()
+
+
+def test_pings_that_come_close_together_close_no_connection(shared_server: OracleProcess) -> None:
+    """Those of engines on a busy machine, which live from leases, so that the server has nothing to send meanwhile.
+
+    gRPC answers the fourth ping in a row that comes too soon with GOAWAY (too_many_pings).
+    """
+    host, port = shared_server.targets[0].split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS))
+        frames = _frames(connection)
+        for number in range(5):
+            connection.sendall(_frame(_PING, number.to_bytes(8, "big")))
+            for kind, payload in frames:
+                assert kind != _GOAWAY, payload
+                if kind == _PING and payload == number.to_bytes(8, "big"):
+                    break
+            # Not what is waited for: how far apart they are.
+            time.sleep(1.1)
+
+
+_SETTINGS, _PING, _GOAWAY = 4, 6, 7
+
+
+def _frame(kind: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2 on the connection itself (RFC 9113, 4.1)."""
+    return len(payload).to_bytes(3, "big") + bytes((kind, 0)) + bytes(4) + payload
+
+
+def _frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """(type, payload) of each frame that comes."""
+    with connection.makefile("rb") as file:
+        while head := file.read(9):
+            yield head[3], file.read(int.from_bytes(head[:3], "big"))
 
 
 @pytest.mark.parametrize(
