@@ -39,7 +39,15 @@ class ProgressBar:
     def __call__(self, event: dict[str, Any]) -> None:
         if self._task is None:
             return
-        if event["event"] == "started":
+        if event["event"] == "compiling":
+            self._bar.update(
+                self._task,
+                completed=event["done"],
+                total=event["modules"],
+                counted=f"{event['done']}/{event['modules']} modules, once for this vLLM",
+                description="compiling vLLM's scheduler" if event["done"] < event["modules"] else "starting vLLM",
+            )
+        elif event["event"] == "started":
             self._bar.update(
                 self._task,
                 completed=0,
@@ -68,6 +76,8 @@ def print_replay(console: Console, replay: Replay) -> None:
         f"{'async' if engine['async_scheduling'] else 'sync'} scheduling, "
         f"prefix caching {'on' if engine['prefix_caching'] else 'off'}"
     )
+    if replay.compiled_modules:
+        console.print(f"{len(replay.compiled_modules)} modules of vLLM ran compiled")
     for sentence in document["warnings"]:
         console.print(f"warning: {sentence}")
     if replay.real is not None and replay.real.kv_blocks not in (None, engine["num_kv_blocks"]):
