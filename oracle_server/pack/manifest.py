@@ -239,6 +239,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
     provenance: dict[str, str] = field(default_factory=dict)
 
 
+# What msgspec knows of a type is worked out on first use, and with two threads at once that ends the process (0.22.0,
+# SIGSEGV seen). A decoder has it worked out here, under the lock of the import.
+msgspec.json.Decoder(Manifest)
+
+
 def parse_manifest(data: bytes) -> Manifest:
     """Parse manifest.json, any JSON layout; raises PackInvalid naming the field."""
     document = _document(data)

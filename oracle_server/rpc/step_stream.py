@@ -314,6 +314,7 @@ class StepStream:
             metrics.shim_lateness_buckets[i] += count
         record.counts.add_lateness(buckets)
         record.counts.lateness_sum_ns += counts.lateness_sum_ns
+        record.counts.saturate()
 
     async def _push(self) -> None:
         pushed = 0

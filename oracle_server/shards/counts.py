@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from oracle_server.rpc.exposition import Labels, MetricsCollector
 from oracle_server.rpc.metrics import Metrics
+from oracle_server.state.engines import COUNT_LIMIT
 from oracle_server.state.experiments import Experiments
 
 SCRAPE_SECONDS = 2.0
@@ -38,8 +39,15 @@ class SummedCollector(Collector):
 
 
 def counts_of(metrics: Metrics) -> dict[str, Any]:
-    """The counts by name, as they are now."""
-    return copy.deepcopy(vars(metrics))
+    """The counts by name, as they are now; what shims say may be larger than a message between processes can hold."""
+    return {name: _bounded(value) for name, value in vars(metrics).items()}
+
+
+def _bounded(value: Any) -> Any:
+    """A copy, its numbers at most COUNT_LIMIT."""
+    if isinstance(value, dict):
+        return {key: _bounded(part) for key, part in value.items()}
+    return [min(part, COUNT_LIMIT) for part in value] if isinstance(value, list) else min(value, COUNT_LIMIT)
 
 
 def add_counts(total: Metrics, part: Mapping[str, Any]) -> None:

@@ -37,6 +37,11 @@ class ElsewhereStream:
         """Nothing: its server does, once it has read why."""
 
 
+# So far below what messages and databases hold that steps may be counted on.
+COUNT_LIMIT = 1 << 62
+_OF_THE_SHIM = ("steps", "extrapolated_steps", "late_answers", "leased_steps", "reconnects", "lateness_sum_ns")
+
+
 @dataclass(slots=True)
 class EngineCounts:
     """What an engine did since this server knows it."""
@@ -56,6 +61,12 @@ class EngineCounts:
         known.extend([0] * (len(buckets) - len(known)))
         for i, count in enumerate(buckets):
             known[i] += count
+
+    def saturate(self) -> None:
+        """Keep what shims counted where messages and databases can hold it, whatever they say."""
+        for name in _OF_THE_SHIM:
+            setattr(self, name, min(getattr(self, name), COUNT_LIMIT))
+        self.lateness_buckets = [min(count, COUNT_LIMIT) for count in self.lateness_buckets]
 
 
 @dataclass(slots=True)

@@ -43,6 +43,7 @@ class ReplayOptions:
     support: str
     allow_mismatch: str
     null_oracle: bool
+    compiled: bool
 
 
 def run_replay(options: ReplayOptions) -> None:
@@ -72,6 +73,7 @@ def run_replay(options: ReplayOptions) -> None:
         refuse_extrapolated=options.support == "refuse",
         allow_mismatch=tuple(name for name in options.allow_mismatch.split(",") if name),
         null_oracle=options.null_oracle,
+        compiled=options.compiled,
     )
     with ProgressBar(len(workloads) * len(options.seeds) + options.null_oracle) as bar:
         outcome = replay(request, bar)

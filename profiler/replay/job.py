@@ -63,6 +63,8 @@ class Job:
     users: int = 0
     refuse_extrapolated: bool = False
     allow_mismatch: tuple[str, ...] = ()
+    # Folder of vLLM's modules compiled to C (compiled.py); empty: all of vLLM runs as Python.
+    compiled_modules: str = ""
 
 
 def write_job(path: Path, job: Job) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from oracle_server.errors import InvalidArgument
 from oracle_server.pack import PackReport, compile_pack
 from profiler.replay import launch
+from profiler.replay.compiler import compiled_folder
 from profiler.replay.job import Job, Request, RunSpec, write_requests
 from profiler.replay.metrics import METRICS, Latencies, error_percent, known, latencies, per_request_mape, summary
 from profiler.replay.real_run import RealRun, read_real_run
@@ -53,6 +54,8 @@ class ReplayRequest:
     refuse_extrapolated: bool = False
     allow_mismatch: tuple[str, ...] = ()
     null_oracle: bool = False
+    # Run vLLM's scheduler compiled to C: the same document, sooner (compiler.py).
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Replay:
     null_speed: Speed | None = None
     real: RealRun | None = None
     replayed: list[Latencies] = field(default_factory=list)
+    # Names of vLLM's modules that ran compiled.
+    compiled_modules: tuple[str, ...] = ()
 
 
 def replay(request: ReplayRequest, on_event: launch.OnEvent) -> Replay:
@@ -95,6 +100,7 @@ def replay(request: ReplayRequest, on_event: launch.OnEvent) -> Replay:
     folder = Path(tempfile.mkdtemp(prefix="step-oracle-replay-"))
     try:
         report = compile_pack(request.pack, folder / "pack")
+        modules = str(compiled_folder(python, on_event)) if request.compiled else ""
         files = [folder / f"requests-{i}.jsonl" for i in range(len(workloads))]
         for file, workload in zip(files, workloads, strict=True):
             write_requests(file, workload.requests)
@@ -120,6 +126,7 @@ def replay(request: ReplayRequest, on_event: launch.OnEvent) -> Replay:
             users=request.users,
             refuse_extrapolated=request.refuse_extrapolated,
             allow_mismatch=request.allow_mismatch,
+            compiled_modules=modules,
         )
         events: list[dict[str, Any]] = []
 
@@ -163,7 +170,7 @@ def _assemble(
         "unmeasured_requests": None if real is None else real.unmeasured,
         "runs": [],
     }
-    result = Replay(document, started["seconds"], real=real)
+    result = Replay(document, started["seconds"], real=real, compiled_modules=tuple(started["compiled_modules"]))
     for event, run in runs:
         times = run["requests"]
         finished_ns = max(entry["last_token_ns"] for entry in times)

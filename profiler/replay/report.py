@@ -20,7 +20,7 @@ class ProgressBar:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} requests  {task.fields[virtual]:.1f} s virtual"),
+            TextColumn("{task.fields[counted]}"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -30,7 +30,7 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
-        self._task = self._bar.add_task("starting vLLM", total=None, virtual=0.0)
+        self._task = self._bar.add_task("starting vLLM", total=None, counted="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,14 +39,28 @@ class ProgressBar:
     def __call__(self, event: dict[str, Any]) -> None:
         if self._task is None:
             return
-        if event["event"] == "started":
-            self._bar.update(self._task, total=event["requests"], description="replaying")
+        if event["event"] == "compiling":
+            self._bar.update(
+                self._task,
+                completed=event["done"],
+                total=event["modules"],
+                counted=f"{event['done']}/{event['modules']} modules, once for this vLLM",
+                description="compiling vLLM's scheduler" if event["done"] < event["modules"] else "starting vLLM",
+            )
+        elif event["event"] == "started":
+            self._bar.update(
+                self._task,
+                completed=0,
+                total=event["requests"],
+                counted=f"0/{event['requests']} requests",
+                description="replaying",
+            )
         elif event["event"] == "progress":
             self._bar.update(
                 self._task,
                 completed=event["ended"],
                 total=event["requests"],
-                virtual=event["virtual_seconds"],
+                counted=f"{event['ended']}/{event['requests']} requests  {event['virtual_seconds']:.1f} s virtual",
                 description=f"run {event['run'] + 1} of {self._runs}",
             )
 
@@ -62,6 +76,8 @@ def print_replay(console: Console, replay: Replay) -> None:
         f"{'async' if engine['async_scheduling'] else 'sync'} scheduling, "
         f"prefix caching {'on' if engine['prefix_caching'] else 'off'}"
     )
+    if replay.compiled_modules:
+        console.print(f"{len(replay.compiled_modules)} modules of vLLM ran compiled")
     for sentence in document["warnings"]:
         console.print(f"warning: {sentence}")
     if replay.real is not None and replay.real.kv_blocks not in (None, engine["num_kv_blocks"]):

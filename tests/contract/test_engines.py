@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity, reason_of
 from oracle_process import OracleProcess
+from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2
 from stores import BOTH_STORES
 
@@ -132,6 +134,38 @@ def test_counts_of_the_shim_are_added_up(shared: Calls, shared_server: OraclePro
     assert (engine.late_answers, engine.reconnects) == (2, 2)
     stream.close()
     assert "counts" not in engines(shared)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--shards", "2")], ids=["one process", "two shards"])
+def test_counts_that_cannot_be_are_kept_where_messages_can_hold_them(
+    arguments: tuple[str, ...], new_server: Callable[..., OracleProcess], pack_dirs: Dirs
+) -> None:
+    server = new_server(arguments=arguments)
+    most = (1 << 64) - 1
+    counts = oracle_service_pb2.ShimCounts(
+        steps=most,
+        leased_steps=most,
+        leased_steps_by_support=[0, most, 0, most],
+        late_answers=most,
+        late_answer_ns=most,
+        reconnects=most,
+        lateness_buckets=[most, most],
+        lateness_sum_ns=most,
+    )
+    with Calls(server.target) as calls:
+        calls.create(calls.upload(pack_dirs["constant"]))
+        stream = calls.join("liar")
+        for step in range(3):
+            stream.send(steps=[decode(step)], counts=counts)
+            assert stream.receive().replies
+        # Shards tell their parent now and then.
+        wait_for(lambda: engines(calls)["liar"].late_answers > 0)
+        engine = engines(calls)["liar"]
+        assert (engine.late_answers, engine.lateness_sum_ns, *engine.lateness_buckets) == (2**62,) * 4
+        assert 2**62 <= engine.steps <= 2**62 + 3
+        assert stream.ask(decode(3))
+        stream.close()
+        assert calls.sample(identity("honest"), [decode(0)])
 
 
 def test_limits_frozen_in_a_running_engine_refuse_another_pack(calls: Calls, pack_dirs: Dirs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import msgspec
 import pytest
 
 from builders import build_composed_pack, build_constant_pack
-from environments import VllmEnvironment
+from environments import REPOSITORY, VllmEnvironment
 from fleet import StartEngine, complete, kv_cache, replies, step_oracle
 from model_dir import write_model_dir
 from oracle_process import OracleProcess
+from profiler.replay.compiler import compiled_folder
 from step_oracle.v1 import step_pb2, trace_pb2
 
 pytestmark = pytest.mark.vllm
@@ -58,10 +60,15 @@ class Replayer:
         assert "x real time" in done.stdout
         return out.read_bytes()
 
+    @property
+    def python(self) -> Path:
+        """Of vLLM's environment."""
+        return self._venv / "bin" / "python"
+
     def run(self, pack: Path, *arguments: str, model: Path | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "profiler.cli", "replay", "--pack", str(pack), "--vllm", str(self._venv)]
         command += ["--model-config", str(model or self.model), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +157,60 @@ def test_the_same_inputs_give_the_same_bytes_and_a_second_run_in_a_process_is_a_
     both = json.loads(first)["runs"]
     assert both[0]["metrics_ms"] != both[1]["metrics_ms"]
     assert both[1] == alone["runs"][0]
+
+
+def test_compiled_modules_of_vllm_write_the_same_bytes(replay: Replayer, tmp_path: Path) -> None:
+    """Preempted requests, blocks found in the prefix cache and a second run included; the first call compiles."""
+    build_composed_pack(tmp_path / "pack", kv_cache=kv_cache(100), ratios=RATIOS)
+    again = [(900_000_000 + i, prompt(3, 171), 4) for i in range(3)]
+    path = write_requests(tmp_path / "requests.jsonl", [*crowd(24), *again])
+    engine = ("--engine-args", "--max-model-len 1500 --max-num-seqs 16")
+    arguments = ("--requests", path, *engine, "--runs", "2", "--trace", f"{tmp_path}/steps-")
+    traces = [tmp_path / f"steps-run{i}-replay.trace" for i in range(2)]
+
+    plain = replay.bytes(tmp_path / "pack", *arguments)
+    plain_steps = [trace.read_bytes() for trace in traces]
+    done = replay.run(tmp_path / "pack", *arguments, "--json", f"{tmp_path}/compiled.json", "--compile")
+
+    assert "11 modules of vLLM ran compiled" in done.stdout, done.stderr
+    assert (tmp_path / "compiled.json").read_bytes() == plain
+    assert [trace.read_bytes() for trace in traces] == plain_steps
+    run, _ = json.loads(plain)["runs"]
+    assert run["preemptions"] > 0
+    assert run["prefix_hit_tokens"] > 0
+
+
+# Not one of these is in what a replay writes: vLLM keeps them to itself.
+COMPILED_STAMPS = """
+import sys
+from pathlib import Path
+from profiler.replay import clock, compiled
+compiled.install(Path(sys.argv[1]))
+own = clock.VirtualClock()
+clock.install(clock.VirtualTime(own))
+own.wait_until(5_000_000_000)
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+def stamp():
+    return Request("a", [1], SamplingParams(max_tokens=1), None).arrival_time
+first = stamp()
+own.wait_until(7_000_000_000)
+print([name for name in compiled.imported() if name == "vllm.v1.request"], first, stamp())
+"""
+
+
+def test_compiled_modules_of_vllm_stamp_requests_in_virtual_time(replay: Replayer) -> None:
+    folder = compiled_folder(replay.python, lambda event: None)
+
+    done = subprocess.run(
+        [str(replay.python), "-c", COMPILED_STAMPS, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "proto")])},
+    )
+
+    assert done.stdout.splitlines()[-1:] == ["['vllm.v1.request'] 5.0 7.0"], done.stderr
 
 
 def test_times_are_those_of_the_device_and_a_known_prompt_is_found_in_the_cache(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -135,3 +137,20 @@ def test_a_manifest_at_the_limits_is_checked_quickly() -> None:
     with pytest.raises(PackInvalid, match="schema"):
         parse_manifest(data)
     assert os.times().user - before < 5
+
+
+def test_the_first_manifest_of_a_process_may_be_read_by_several_threads() -> None:
+    """msgspec has worked out the manifest's types at the import: it does that in Python, and not for two at once."""
+    program = """
+import sys
+from oracle_server.pack import parse_manifest
+data, files = sys.stdin.buffer.read(), []
+sys.setprofile(lambda frame, event, _: files.append(frame.f_code.co_filename) if event == "call" else None)
+parse_manifest(data)
+sys.setprofile(None)
+assert any("manifest.py" in file for file in files)
+assert not [file for file in files if "msgspec" in file], files
+"""
+    done = subprocess.run([sys.executable, "-c", program], input=manifest_bytes(some_manifest()), capture_output=True)
+
+    assert done.returncode == 0, done.stderr.decode()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from profiler.replay.metrics import METRICS, error_percent, known, latencies, per_request_mape, summary
 from profiler.replay.real_run import RealRun
 from profiler.replay.replay import Replay, Speed
-from profiler.replay.report import print_replay
+from profiler.replay.report import ProgressBar, print_replay
 
 MS = 1_000_000
 ENGINE = {
@@ -95,3 +96,31 @@ def test_runs_of_several_files_are_told_apart() -> None:
 
     assert [line.strip() for line in lines if "Run " in line] == ["Run 0, seed 0, a.jsonl", "Run 1, seed 0, b.jsonl"]
     assert "warning: run 1: 1 requests are longer than max_model_len 1024: left out" in lines
+
+
+def test_the_progress_bar_of_a_terminal_says_what_is_going_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    events: list[dict[str, Any]] = [
+        {"event": "started", "requests": 5},
+        {"event": "progress", "run": 0, "ended": 2, "requests": 5, "virtual_seconds": 3.0},
+    ]
+
+    with ProgressBar(1):
+        pass
+    begun = capsys.readouterr().err
+    said = []
+    for count in range(1, len(events) + 1):
+        with ProgressBar(1) as bar:
+            for event in events[:count]:
+                bar(event)
+        said.append(capsys.readouterr().err)
+
+    assert "starting vLLM" in begun
+    for text, (what, counted) in zip(
+        said, [("replaying", "0/5 requests"), ("run 1 of 1", "2/5 requests  3.0 s virtual")], strict=True
+    ):
+        assert what in text
+        assert counted in text
