@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.errors import InvalidArgument
-from oracle_server.pack import CompiledPack, open_oracle
+from oracle_server.pack import CompiledPack, open_oracle, wake_curve
 from oracle_server.sampling.answer import SUPPORT_EXACT, SUPPORT_EXTRAPOLATED, SUPPORT_INTERPOLATED
 from oracle_server.sampling.shape import StepQuery
 from profiler.capture.regions import query_of, region_of, region_order
@@ -83,7 +83,9 @@ def judge(compiled: CompiledPack, path: Path) -> JudgedSteps:
         [oracle.answer(queries[number], 0, position * DRAWS + draw) for draw in range(DRAWS)]
         for position, number in enumerate(chosen)
     ]
+    wake = wake_curve(compiled.manifest.latency)
     drawn = np.array([[answer.latency_ns for answer in row] for row in answers], dtype=np.float64)
+    drawn += np.array([[wake.extra_ns(found.idle_ns[number])] for number in chosen])
     expected = drawn.mean(axis=1)
     judged = tuple(queries[number] for number in chosen)
     return JudgedSteps(
@@ -127,6 +129,8 @@ def _error(judged: JudgedSteps, name: str, group: NDArray[np.int64]) -> RegionEr
 class _Found(NamedTuple):
     queries: Sequence[StepQuery]
     latency_ns: NDArray[np.int64]
+    # How long the device had rested before each step, as far as it counts in its latency.
+    idle_ns: Sequence[int]
     is_made_of: bool
     left_out: tuple[str, ...]
 
@@ -135,17 +139,23 @@ def _read(path: Path, known: str) -> _Found:
     """Steps of the file, or of a capture's held-out runs where it has any; `known`: digests the pack names."""
     if path.is_dir():
         from profiler.capture.build import run_digest, run_folder
-        from profiler.capture.steps import read_capture
+        from profiler.capture.steps import idle_ns, read_capture
 
         runs = read_capture(path)
         held_out = [run for run in runs if run_digest(run_folder(path, run), run.name) not in known]
-        steps = [step for run in held_out or runs for step in run.steps if not step.warm_up and step.latency_ns > 0]
+        rested = [
+            (step, pause)
+            for run in held_out or runs
+            for step, pause in zip(run.steps, idle_ns(run.steps), strict=True)
+            if not step.warm_up and step.latency_ns > 0
+        ]
         left_out = tuple(run.name for run in runs if held_out and run not in held_out)
-        latency = np.array([step.latency_ns for step in steps], dtype=np.int64)
-        return _Found([query_of(step) for step in steps], latency, not held_out, left_out)
+        latency = np.array([step.latency_ns for step, _ in rested], dtype=np.int64)
+        pauses = [pause for _, pause in rested]
+        return _Found([query_of(step) for step, _ in rested], latency, pauses, not held_out, left_out)
     from profiler.hybrid_samples import read_samples
 
     samples = read_samples(path).steps
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _Found(list(samples.queries), samples.latency_ns, digest in known, ())
+    return _Found(list(samples.queries), samples.latency_ns, [0] * len(samples), digest in known, ())

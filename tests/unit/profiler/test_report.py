@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib")
 
 import captures
 from builders import build_composed_pack, build_constant_pack, build_sampled_pack
+from oracle_server.pack import compile_pack, load_compiled
 from profiler.cli import main
 from profiler.report.figures import cdf_figure, coverage_figure, error_figure, plan_figure, tail_figure
 from profiler.report.judged import JudgedSteps, judge, region_errors
@@ -350,6 +351,18 @@ def test_of_a_capture_only_runs_the_pack_was_not_made_of_are_judged_where_there_
 
     assert (alone.is_made_of, alone.left_out, alone.steps_in_file) == (True, (), 40)
     assert (both.is_made_of, both.left_out, both.steps_in_file) == (False, ("run-001",), 25)
+
+
+def test_what_a_pause_costs_counts_in_the_expected_latency_of_captured_steps(tmp_path: Path) -> None:
+    first, second = captures.steps(2)
+    late = {name: getattr(second, name) + 10**9 for name in ("dispatch_ns", "device_start_ns", "device_end_ns")}
+    captures.write_run(tmp_path / "capture", [first, second._replace(**late, result_ns=second.result_ns + 10**9)])
+    build_constant_pack(tmp_path / "pack", wake=[(500_000_000, 7_000_000)])
+    compile_pack(tmp_path / "pack", tmp_path / "compiled")
+
+    judged = judge(load_compiled(tmp_path / "compiled"), tmp_path / "capture")
+
+    assert judged.expected_ns.tolist() == [10_000_000, 17_000_000]
 
 
 def test_a_capture_has_a_page_and_a_timeline(tmp_path: Path) -> None:
