@@ -35,6 +35,7 @@ class TenantService(tenant_pb2_grpc.TenantServiceServicer):
         """In the order of their names; a tenant sees itself."""
         size, after = pages.size_of(request.page_size), pages.key_of(request.page_token)
         own = CALLER.get().tenant
+        self.node.check_ready()
         if own:
             rows = [await self.node.tenant(own)] if own > after else []
         else:

@@ -103,6 +103,11 @@ class Node:
         await self._records.close()
         os.close(self._lock)
 
+    def check_ready(self) -> None:
+        """Starting before the server is ready."""
+        if not self._ready:
+            raise Starting("the server is starting; retry, or wait for its health to be SERVING")
+
     async def tenant(self, tenant: str) -> TenantRow:
         """The tenant, if it is the caller's; PermissionDenied, TenantNotFound.
 
@@ -110,8 +115,7 @@ class Node:
         the server is ready.
         """
         CALLER.get().check_tenant(tenant)
-        if not self._ready:
-            raise Starting("the server is starting; retry, or wait for its health to be SERVING")
+        self.check_ready()
         if self.replicas is not None and not self.experiments.knows_tenant(tenant):
             await self.replicas.refresh()
         return self.experiments.tenant(tenant)

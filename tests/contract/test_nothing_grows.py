@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType
 
 import grpc
 import pytest
@@ -123,7 +124,8 @@ async def gone(node: Node) -> None:
 def held() -> tuple[Counter[str], int, int]:
     """(Objects of ours by type, all objects, open files)."""
     gc.collect()
-    objects = gc.get_objects()
+    # A sqlite3 connection keeps up to 200 dead references to cursors before it drops them (CPython 3.11).
+    objects = [o for o in gc.get_objects() if type(o) is not ReferenceType or o() is not None]
     kinds = Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in objects)
     ours = Counter({kind: count for kind, count in kinds.items() if kind.startswith(OURS)})
     return ours, len(objects), len(list(Path("/proc/self/fd").iterdir()))
@@ -141,6 +143,8 @@ async def settled() -> tuple[Counter[str], int, int]:
 async def test_engines_steps_and_activations_leave_nothing(stub: Any, node: Node, digests: list[str]) -> None:
     for number in range(WARM_UP):
         await cycle(stub, node, digests, number)
+    # The first look leaves something itself: whether a generator is a Mapping, in the cache of every class asked.
+    held()
     before, all_before, files_before = await settled()
     for number in range(WARM_UP, WARM_UP + CYCLES):
         await cycle(stub, node, digests, number)

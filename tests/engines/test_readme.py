@@ -20,7 +20,7 @@ WAIT_FOR = """
 wait_for() { for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return; sleep 0.25; done; echo "never: $*" >&2; exit 9; }
 """
 AFTER = {
-    "step-oracle serve": "wait_for step-oracle tenant list",
+    "step-oracle serve": "wait_for step-oracle health",
     "vllm/bin/vllm serve": (
         "wait_for python3 -c 'import urllib.request as u; u.urlopen(\"http://127.0.0.1:8000/health\")'"
     ),
