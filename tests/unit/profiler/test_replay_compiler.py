@@ -180,7 +180,7 @@ def test_whatever_decides_what_is_built_is_in_the_key(change: Callable[..., Any]
     assert compiler.cache_key(*change(TARGET, "3.2.1", SOURCES)) != compiler.cache_key(TARGET, "3.2.1", SOURCES)
 
 
-@pytest.mark.parametrize("name", ["_RECIPE", "_CYTHON_FLAGS", "_C_FLAGS"])
+@pytest.mark.parametrize("name", ["_RECIPE", "_CYTHON_FLAGS", "_C_FLAGS", "_CACHED_CALLS"])
 def test_the_recipe_is_in_the_key(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     before = compiler.cache_key(TARGET, "3.2.1", SOURCES)
     monkeypatch.setattr(compiler, name, "another")
