@@ -287,6 +287,8 @@ class StepOracleExecutor(Executor):
         self._settle(step)
         times = step.times
         self._device_time_ns += reply.latency_ns[0]
+        # Made while the device is busy: what is made after the deadline makes every step of a waiting engine longer.
+        output = None if reply.injected_error else self._output.build(step.scheduled, reply, legal)
         self._clock.wait_until(times.deadline_ns)
         resolved_ns = self._clock.now_ns()
         pending = step.pending
@@ -307,7 +309,7 @@ class StepOracleExecutor(Executor):
             # Says how later steps may be answered, not how this one was.
             record.reply.ClearField("lease")
             self._trace.write(record)
-        if reply.injected_error:
+        if output is None:
             error = InjectedError(
                 f"step-oracle: injected error: step {reply.step_index} of engine {self._engine.engine_id} fails "
                 f"because an overlay of {self._engine.experiment} says so (error_every_steps, generation "
@@ -315,7 +317,7 @@ class StepOracleExecutor(Executor):
             )
             _announce(error)
             raise error
-        return self._output.build(step.scheduled, reply, legal)
+        return output
 
     def _settle(self, step: _Step) -> None:
         reply = step.pending.reply

@@ -31,6 +31,7 @@ from deploy.closed_loop.comparison import (
 )
 from deploy.closed_loop.cores import leave_core_to_the_model, on_other_cores
 from deploy.closed_loop.plans import KEEP, LIMITS, Planner, PlanPack, cpu_variables, print_errors_by_plan
+from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, measured_capacity, run_bench
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
@@ -56,6 +57,7 @@ class Options:
     minutes: tuple[float, ...]
     seconds: float
     kind: str
+    steady: bool
     json: Path | None
     csv: Path | None
     keep: Path | None
@@ -96,10 +98,14 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
     """One loop from nothing to the figures; whatever it starts has ended when it returns or raises."""
     progress.say("1/4 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
     vllm, site = cpu_vllm_environment(), shim_site(folder / "site")
-    model = write_model_dir(folder / "tiny", "qwen3-tiny", **MODEL)
+    model = write_model_dir(folder / "tiny", "qwen3-tiny", **(STEADY_MODEL if options.steady else MODEL))
+    worker: Sequence[str] = ()
+    if options.steady:
+        install_steady_device(site)
+        worker = ("--worker-cls", STEADY_WORKER)
     told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
     progress.say(f"2/4 capture: a real engine and the first of {options.repeats} parts of a plan of {told} minutes")
-    planner = Planner(vllm, model, site, folder, options.repeats, options.kind, progress)
+    planner = Planner(vllm, model, site, folder, options.repeats, options.kind, progress, worker)
     packs = [planner.next_pack(minutes, None) for minutes in options.minutes]
     progress.say("3/4 the oracle server, the real engine and the emulated one")
     with contextlib.ExitStack() as running:
@@ -111,7 +117,7 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
         step_oracle(
             *("experiment", "create", "default", "--pack", str(packs[0].pack), "--seed", "1", *at), next_step=KEEP
         )
-        real = running.enter_context(_engine(vllm, model, site, folder / "real.log", None))
+        real = running.enter_context(_engine(vllm, model, site, folder / "real.log", None, worker))
         emulated = running.enter_context(_engine(vllm, model, site, folder / "emulated.log", server.target))
         for name, engine in (("real", real), ("emulated", emulated)):
             try:
@@ -130,7 +136,10 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
             f"{capacity:.2f} requests/s"
         )
         loop = _Loop(options, workloads, folder, progress, planner, real, emulated, server.target)
-        return loop.measure(packs)
+        measured = loop.measure(packs)
+    if options.steady:
+        progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
+    return measured
 
 
 @dataclass(frozen=True)
@@ -215,14 +224,16 @@ def _stopped(engines: Sequence[EngineProcess]) -> Iterator[None]:
             os.killpg(engine.pid, signal.SIGCONT)
 
 
-def _engine(vllm: VllmEnvironment, model: Path, site: Path, log_path: Path, target: str | None) -> EngineProcess:
+def _engine(
+    vllm: VllmEnvironment, model: Path, site: Path, log_path: Path, target: str | None, more: Sequence[str] = ()
+) -> EngineProcess:
     return EngineProcess(
         vllm,
         model,
         target=target,
         site=site,
         log_path=log_path,
-        extra_args=(*LIMITS, *(EMULATED if target else ())),
+        extra_args=(*LIMITS, *(EMULATED if target else ()), *more),
         extra_env=cpu_variables() if target is None else {"STEP_ORACLE_ENGINE_ID": "emulated"},
     )
 
@@ -232,7 +243,8 @@ def _write(options: Options, comparisons: Sequence[Comparison]) -> None:
         write_deltas(options.csv, comparisons)
         print(f"• errors of the means as LLM-Emu tells them: {options.csv}")
     if options.json is not None:
-        document = {"schema": "step_oracle.closed_loop/1", "comparisons": as_json(comparisons)}
+        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady}
+        document = {**described, "comparisons": as_json(comparisons)}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"• every run: {options.json}")
 
@@ -263,6 +275,11 @@ def _options() -> Options:
     )
     parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run of one workload (12)")
     parser.add_argument("--kind", choices=("hybrid", "sampled"), default="hybrid", help="kind of the pack (hybrid)")
+    parser.add_argument(
+        "--steady",
+        action="store_true",
+        help="the real engine's device holds to a law instead of the machine's speed: the error left is ours",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write per_rate_deltas.csv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs, capture, pack and runs in this new folder")
@@ -280,6 +297,7 @@ def _options() -> Options:
         minutes=given.minutes or minutes,
         seconds=given.seconds or seconds,
         kind=given.kind,
+        steady=given.steady,
         json=given.json,
         csv=given.csv,
         keep=given.keep,

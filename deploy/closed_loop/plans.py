@@ -77,6 +77,8 @@ class Planner:
     parts: int
     kind: str
     progress: Progress
+    # Further arguments of the engine that is captured.
+    serve_arguments: Sequence[str] = ()
 
     def next_pack(self, minutes: float, before: PlanPack | None) -> PlanPack:
         """The pack of one part more than the one before; None: there is none yet."""
@@ -106,7 +108,7 @@ class Planner:
             "--load-format",
             "dummy",
         ]
-        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *LIMITS]
+        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *LIMITS, *self.serve_arguments]
         command = [str(self.vllm.python), "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
         log_path = folder.with_suffix(".log")
         with log_path.open("wb") as log:

@@ -1,10 +1,14 @@
-"""The closed loop as `make closed-loop` runs it, in a short form: what it prints and writes, not how close it comes."""
+"""The closed loop as `make closed-loop` runs it, in a short form: what it prints and writes, not how close it comes.
+
+With the steady device: all that is in the loop without it, and the device.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path) -> None:
     cpu_vllm_environment()
     deltas, figures = tmp_path / "per_rate_deltas.csv", tmp_path / "figures.json"
-    command = [sys.executable, "-m", "deploy.closed_loop.closed_loop", "--quick", "--seconds", "3"]
+    command = [sys.executable, "-m", "deploy.closed_loop.closed_loop", "--quick", "--steady", "--seconds", "3"]
     paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
     done = subprocess.run(
         [*command, "--csv", str(deltas), "--json", str(figures)],
@@ -32,6 +36,8 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     document = json.loads(figures.read_text())
 
+    assert document["steady"] is True
+    assert re.search(r"the steady device of the real engine: \d+ of [1-9]\d* steps took longer", done.stdout)
     assert [entry["workload"]["name"] for entry in document["comparisons"]] == ["Poisson 50 %", "closed loop 8"]
     for entry in document["comparisons"]:
         for figure in entry["figures"]:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from deploy.closed_loop.comparison import (
     write_deltas,
 )
 from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan
+from deploy.closed_loop.steady import overruns
+from deploy.closed_loop.steady_device.law import requests_of, step_ms
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
 
 
@@ -167,3 +170,28 @@ def test_what_is_started_beside_the_model_keeps_off_its_core_and_this_process_ge
     with cores.on_other_cores():
         assert os.sched_getaffinity(0) == cores.OTHERS
     assert os.sched_getaffinity(0) == cores.ALL
+
+
+def test_the_steady_device_takes_weights_or_computing_and_then_its_requests() -> None:
+    # 24 of the weights; 8 + 512 x 0.11 of computing; a quarter per request; contexts; attention of prompts alone.
+    assert step_ms([(1, 100)]) == pytest.approx(24 + 0.25 + 0.15)
+    assert step_ms([(1, 100), (1, 300)]) == pytest.approx(24 + 0.5 + 0.6)
+    assert step_ms([(512, 512)]) == pytest.approx(8 + 56.32 + 0.25 + 0.768 + 512 * 512 * 0.00004)
+
+
+def test_the_steady_device_sees_what_the_scheduler_scheduled() -> None:
+    """A new request in its first chunk, one further on, one that decodes."""
+    output = SimpleNamespace(
+        num_scheduled_tokens={"new": 64, "chunk": 32, "old": 1},
+        scheduled_new_reqs=[SimpleNamespace(req_id="new", num_computed_tokens=16)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=["old", "chunk"], num_computed_tokens=[40, 128]),
+    )
+    assert requests_of(output) == [(64, 80), (32, 160), (1, 41)]
+
+
+def test_what_the_steady_device_says_last_counts(tmp_path: Path) -> None:
+    log = tmp_path / "real.log"
+    log.write_text("x\n")
+    assert overruns(log) == "it did not say how many steps took longer than they should"
+    log.write_text("INFO steady device: 1 of 9 steps took longer\nINFO steady device: 2 of 90 steps took longer\n")
+    assert overruns(log) == "2 of 90 steps took longer"
