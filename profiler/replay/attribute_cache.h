@@ -205,9 +205,7 @@ static inline PyObject *so_get_attribute(PyObject *object, PyObject *name, so_ca
     return answer;
 }
 
-static inline PyObject *so_call_method(
-    PyObject *name, PyObject *const *arguments, size_t count, PyObject *keywords, so_cache *cache
-) {
+static inline PyObject *so_call_method(PyObject *name, PyObject *const *arguments, size_t count, so_cache *cache) {
     PyObject *object = arguments[0];
     if (__builtin_expect(cache->version == Py_TYPE(object)->tp_version_tag, 1)) {
         PyObject *method = cache->found;
@@ -219,7 +217,7 @@ static inline PyObject *so_call_method(
                 Py_INCREF(method);
                 /* What lies before `arguments` is not the callee's to write to: it is not what the caller left there. */
                 PyObject *answer =
-                    PyObject_Vectorcall(method, arguments, count & ~PY_VECTORCALL_ARGUMENTS_OFFSET, keywords);
+                    PyObject_Vectorcall(method, arguments, count & ~PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
                 Py_DECREF(method);
                 return answer;
             }
@@ -227,7 +225,7 @@ static inline PyObject *so_call_method(
     }
     /* `object` may die in the call. */
     Py_INCREF(object);
-    PyObject *answer = PyObject_VectorcallMethod(name, arguments, count, keywords);
+    PyObject *answer = PyObject_VectorcallMethod(name, arguments, count, NULL);
     if (answer != NULL)
         so_fill(cache, object, name);
     Py_DECREF(object);
@@ -237,7 +235,7 @@ static inline PyObject *so_call_method(
 #define STEP_ORACLE_GET_ATTRIBUTE(object, name) \
     __extension__({ static so_cache so_here; so_get_attribute((object), (name), &so_here); })
 #define STEP_ORACLE_CALL_METHOD(name, arguments, count) \
-    __extension__({ static so_cache so_here; so_call_method((name), (arguments), (count), NULL, &so_here); })
+    __extension__({ static so_cache so_here; so_call_method((name), (arguments), (count), &so_here); })
 
 #else
 

@@ -161,12 +161,14 @@ class Text(str):
 
 
 def objects() -> list[Any]:
-    with_value, wide, slots, struct = Plain(), Wide(), Slots(), Struct(len)
+    with_value, wide, slots, struct, broken = Plain(), Wide(), Slots(), Struct(len), Property()
     for item, value in ((with_value, abs), (wide, str), (slots, repr)):
         setattr(item, "value", value)  # noqa: B010  no such name stands in the class
+    vars(broken)["broken"] = True
     classes = [Plain, Method, Derived, Property, Static, Class, Slots, MethodAndSlots, Dynamic, Intercepting, Wide]
     made = [made_of() for made_of in classes]
-    return [*made, with_value, wide, slots, struct, Pair(hex, 2), Number.ONE, Text("ab"), 5, None, [], Method, sys]
+    others = [with_value, wide, slots, struct, broken, Pair(hex, 2), Number.ONE, Text("ab"), 5, None, [], Method, sys]
+    return [*made, *others]
 
 
 def test_one_place_sees_objects_of_all_layouts(sites: types.ModuleType) -> None:
