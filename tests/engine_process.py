@@ -40,7 +40,9 @@ class EngineProcess:
         extra_args: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
         port: int | None = None,
+        own_session: bool = True,
     ) -> None:
+        """`own_session`: Linux shares a core between sessions first and between their threads then."""
         self.port = port or free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.log_path = log_path
@@ -54,7 +56,8 @@ class EngineProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=variables,
-                start_new_session=True,
+                start_new_session=own_session,
+                process_group=None if own_session else 0,
             )
 
     def __enter__(self) -> EngineProcess:

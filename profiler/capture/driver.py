@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,6 @@ from profiler.capture.plan import (
     FEWEST_STEPS,
     EngineLimits,
     Visit,
-    is_tight,
     standard_error_percent,
     visits,
 )
@@ -68,6 +67,8 @@ class Coverage:
 
     plan: Sequence[Visit]
     latencies: dict[Visit, list[float]] = field(default_factory=lambda: defaultdict(list))
+    # The same as if all chunks had the visit's tokens and latency grew with them.
+    _scaled: dict[Visit, list[float]] = field(default_factory=lambda: defaultdict(list))
     decode_steps: int = 0
     mixed_steps: int = 0
     prefill_tokens: int = 0
@@ -85,15 +86,29 @@ class Coverage:
                 self.prefill_seconds += step.latency_ns / 1e9
             for visit in self.plan:
                 if bool(visit.chunk) == bool(step.chunk_tokens) and visit.holds(step):
-                    self.latencies[visit].append(step.latency_ns / 1e6)
+                    latency_ms = step.latency_ns / 1e6
+                    self.latencies[visit].append(latency_ms)
+                    if visit.chunk:
+                        scale = visit.chunk * visit.chunks / sum(step.chunk_tokens)
+                        self._scaled[visit].append(latency_ms * scale)
 
     def makes_a_pack(self) -> bool:
         """Whether a fit has the few steps of either kind without which it is refused."""
         return min(self.decode_steps, self.mixed_steps) >= 2 * FEWEST_STEPS
 
+    def error_percent(self, visit: Visit) -> float:
+        """Standard error of the region's mean. Chunks of different lengths differ by that too: their spread is told
+        as if latency grew with the tokens or not at all, whichever fits better."""
+        error = standard_error_percent(self.latencies[visit])
+        return min(error, standard_error_percent(self._scaled[visit])) if visit.chunk else error
+
+    def is_tight(self, visit: Visit, target_percent: float) -> bool:
+        """Whether a region needs no further visit."""
+        return len(self.latencies[visit]) >= FEWEST_STEPS and self.error_percent(visit) <= target_percent
+
     def tight(self, target_percent: float) -> int:
         """Regions that need no further visit."""
-        return sum(is_tight(self.latencies[visit], target_percent) for visit in self.plan)
+        return sum(self.is_tight(visit, target_percent) for visit in self.plan)
 
     def measured(self) -> int:
         """Regions with as many steps as a mean needs, whatever their spread."""
@@ -155,6 +170,8 @@ class PlanDriver:
         self._tail = RunTail(run)
         self._refused: set[Visit] = set()
         self._in_vain: Counter[Visit] = Counter()
+        # A later pass goes on where the one before ended.
+        self._lengths: dict[Visit, Iterator[int]] = {}
         self._begin = time.monotonic()
 
     async def drive(self) -> None:
@@ -224,7 +241,7 @@ class PlanDriver:
     def _is_settled(self, visit: Visit) -> bool:
         if visit in self._refused or self._in_vain[visit] >= _MOST_IN_VAIN:
             return True
-        return is_tight(self._coverage.latencies[visit], self._options.target_percent)
+        return self._coverage.is_tight(visit, self._options.target_percent)
 
     async def _decode(self, visit: Visit) -> None:
         prefill_steps = -(-visit.requests * visit.context // self._limits.max_num_batched_tokens)
@@ -235,9 +252,10 @@ class PlanDriver:
     async def _mixed(self, visit: Visit) -> None:
         """Prompts beside requests that decode; those are cancelled at the end, which vLLM takes as an abort."""
         begin = time.monotonic()
+        lengths = self._lengths.setdefault(visit, visit.prompts(self._limits.max_num_batched_tokens))
         async with self._decoding(visit):
             for _ in range(_INJECTIONS):
-                await self._requests.complete(visit.chunks * self._ranks, visit.prompt, 1)
+                await self._requests.complete(visit.chunks * self._ranks, next(lengths), 1)
                 if time.monotonic() - begin > _LONGEST * self._seconds:
                     break
 
@@ -308,10 +326,10 @@ class PlanDriver:
         known = self._coverage.latencies[visit]
         told = "nothing measured yet"
         if known:
-            error = standard_error_percent(known)
+            error = self._coverage.error_percent(visit)
             told = f"{len(known)} steps, {sorted(known)[len(known) // 2]:.3f} ms +- {error:.2f} %"
         left = max(0.0, self._seconds - self._spent())
-        tight = is_tight(known, self._options.target_percent)
+        tight = self._coverage.is_tight(visit, self._options.target_percent)
         # Steps of one region's visit count for others too.
         regions = {
             "regions_tight": self._coverage.tight(self._options.target_percent),

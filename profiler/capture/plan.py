@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ FEWEST_STEPS = 8
 _OCTAVE = 0.5
 # What decodes beside a chunk grows while chunks come, and decides less of the step.
 _BESIDE_OCTAVE = 1.0
+# Chunks of so much fewer or more tokens are of one region; lengths of prompts spread over it by the golden ratio.
+_NEAR = 0.1
+_GOLDEN = 0.6180339887498949
 _LEAST_CONTEXT = 64
 _LONG_GROWTH = 4
 # A longest context this much beyond the one before it is visited too.
@@ -54,6 +58,17 @@ class Visit(NamedTuple):
         """Tokens of each prompt whose chunk is of interest."""
         return self.before + self.chunk
 
+    def prompts(self, budget: int) -> Iterator[int]:
+        """Lengths of the prompts of one after the other: the visit's own, then shorter ones that the region holds too.
+
+        Devices like round numbers (tiles of a GPU, kernels that a CPU makes anew for every number of tokens), and
+        those of users are not. A chunk that takes all that a step's `budget` has is as long in every workload.
+        """
+        varied = self.chunk * self.chunks + self.requests < budget
+        for number in itertools.count():
+            shorter = number * _GOLDEN % 1 * _NEAR if varied else 0
+            yield self.before + self.chunk - int(shorter * self.chunk)
+
     def holds(self, step: CapturedStep) -> bool:
         """Whether a step is a measurement of this region."""
         if not self.chunk:
@@ -62,7 +77,7 @@ class Visit(NamedTuple):
             return _is_near(step.decode_context_tokens / self.requests, self.context, _OCTAVE)
         if len(step.chunk_tokens) != self.chunks:
             return False
-        near = abs(sum(step.chunk_tokens) - self.chunk * self.chunks) <= 0.1 * self.chunk * self.chunks
+        near = abs(sum(step.chunk_tokens) - self.chunk * self.chunks) <= _NEAR * self.chunk * self.chunks
         if not near or not all(_is_near(context, self.before, _OCTAVE) for context in step.chunk_context):
             return False
         if not self.requests:
@@ -172,11 +187,6 @@ def standard_error_percent(latencies: Sequence[float]) -> float:
     middle = ordered[count // 2]
     spread = 1.4826 * sorted(abs(latency - middle) for latency in latencies)[count // 2]
     return 100 * spread / middle / math.sqrt(count) if middle > 0 else math.inf
-
-
-def is_tight(latencies: Sequence[float], target_percent: float) -> bool:
-    """Whether a region needs no further visit."""
-    return len(latencies) >= FEWEST_STEPS and standard_error_percent(latencies) <= target_percent
 
 
 def _contexts(longest: int) -> Iterable[int]:

@@ -198,3 +198,20 @@ def test_a_dear_region_is_left_out_and_said_so(tmp_path: Path, capsys: pytest.Ca
     asyncio.run(plan.drive())
 
     assert "left out, too dear for the time left" in capsys.readouterr().out
+
+
+def test_a_later_pass_asks_for_other_lengths_than_the_one_before(tmp_path: Path) -> None:
+    """An engine that never writes the region's steps is visited again."""
+    run = new_run(tmp_path)
+    engine = DrivenEngine(run, LIMITS)
+    visit = next(visit for visit in visits(LIMITS) if visit.chunk >= 64 and visit.chunk + visit.requests < 128)
+    driven = PlanDriver(engine, run, LIMITS, PlanOptions(10.0, 1.0), engine.rest)
+    asyncio.run(driven._mixed(visit))
+    first = len(engine.asked)
+    asyncio.run(driven._mixed(visit))
+    lengths = [
+        [tokens for _, tokens, output in asked if output == 1] for asked in (engine.asked[:first], engine.asked[first:])
+    ]
+
+    assert lengths[0] != lengths[1]
+    assert len(set(lengths[0] + lengths[1])) > len(set(lengths[0]))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Iterable
 
 import pytest
 
 import captures
 from profiler.capture.driver import Coverage
-from profiler.capture.plan import EngineLimits, Visit, batch_sizes, cost, is_tight, standard_error_percent, visits
+from profiler.capture.plan import EngineLimits, Visit, batch_sizes, cost, standard_error_percent, visits
 
 SMALL = EngineLimits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, kv_tokens=87_296)
 GRAPHS = (1, 2, 4, *range(8, 513, 8))
@@ -84,19 +86,72 @@ def test_the_coarse_grid_comes_first_and_holds_both_kinds() -> None:
     assert cost(first[0]) < cost(first[-1])
 
 
+DECODE = Visit(4, 128)
+
+
+def measured(visit: Visit, latencies: Iterable[float]) -> Coverage:
+    """So many milliseconds in each of the region's steps."""
+    coverage = Coverage([visit])
+    coverage.latencies[visit] += latencies
+    return coverage
+
+
 def test_a_region_is_tight_when_its_mean_is_known_and_not_before() -> None:
     source = random.Random(1)
     noisy = [source.gauss(10.0, 1.0) for _ in range(400)]
 
     assert standard_error_percent(noisy) == pytest.approx(0.5, rel=0.2)
-    assert is_tight(noisy, 1.0)
-    assert not is_tight(noisy[:20], 1.0)
-    assert not is_tight([10.0] * 7, 1.0)
+    assert measured(DECODE, noisy).is_tight(DECODE, 1.0)
+    assert not measured(DECODE, noisy[:20]).is_tight(DECODE, 1.0)
+    assert not measured(DECODE, [10.0] * 7).is_tight(DECODE, 1.0)
     assert math.isinf(standard_error_percent([10.0]))
 
 
 def test_one_stall_does_not_keep_a_region_open() -> None:
-    assert is_tight([10.0, 10.1] * 10 + [4000.0], 1.0)
+    assert measured(DECODE, [10.0, 10.1] * 10 + [4000.0]).is_tight(DECODE, 1.0)
+
+
+@pytest.mark.parametrize("visit", [Visit(0, 0, 256, 1), Visit(4, 128, 64, 2), Visit(4, 128, 100, 1, before=508)])
+def test_prompts_of_a_region_have_many_lengths_and_its_steps_all_count(visit: Visit) -> None:
+    made = next(step for step in captures.steps(40) if step.chunk_tokens)
+    lengths = list(itertools.islice(visit.prompts(512), 8))
+
+    assert lengths[0] == visit.prompt == max(lengths)
+    assert len(set(lengths)) > 4
+    for length in lengths:
+        chunk = length - visit.before
+        step = made._replace(
+            chunk_tokens=(chunk,) * visit.chunks,
+            chunk_context=(visit.before,) * visit.chunks,
+            num_decode_requests=visit.requests,
+            decode_context_tokens=visit.requests * visit.context,
+        )
+        assert visit.holds(step), length
+
+
+def test_a_chunk_that_fills_a_step_is_as_long_every_time() -> None:
+    assert set(itertools.islice(Visit(4, 128, 508, 1).prompts(512), 8)) == {508}
+    assert set(itertools.islice(Visit(4, 128, 254, 2).prompts(512), 8)) == {254}
+    assert set(itertools.islice(Visit(0, 0, 256, 2, before=512).prompts(512), 8)) == {768}
+
+
+@pytest.mark.parametrize("power", [0, 1])
+def test_a_region_of_many_lengths_is_tight_whether_latency_grows_with_them_or_not(power: int) -> None:
+    made = next(step for step in captures.steps(40) if step.chunk_tokens)
+    visit = Visit(0, 0, 256, 1)
+    steps = []
+    for number, length in enumerate(itertools.islice(visit.prompts(512), 16)):
+        latency_ns = round(1e7 * (length / 256) ** power * (1 + 0.01 * (-1) ** number))
+        end_ns = made.device_start_ns + latency_ns
+        alone = {"num_decode_requests": 0, "num_decode_tokens": 0, "decode_context_tokens": 0}
+        steps.append(made._replace(chunk_tokens=(length,), chunk_context=(0,), device_end_ns=end_ns, **alone))
+    coverage = Coverage([visit])
+    coverage.take(steps)
+
+    assert len(coverage.latencies[visit]) == 16
+    alike = [1 + 0.01 * (-1) ** number for number in range(16)]
+    assert coverage.error_percent(visit) == pytest.approx(standard_error_percent(alike), rel=1e-3)
+    assert standard_error_percent(alike) < 1.0
 
 
 def test_a_step_counts_for_the_region_it_lies_in() -> None:
