@@ -20,6 +20,7 @@ from vllm_shim.engine_config import engine_config, engine_identity
 from vllm_shim.errors import InjectedError, OracleLost
 from vllm_shim.exit_status import report_loss
 from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
+from vllm_shim.lease import LeasedReply, message_of
 from vllm_shim.output import OutputBuilder
 from vllm_shim.run_summary import RunSummary
 from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
@@ -285,25 +286,24 @@ class StepOracleExecutor(Executor):
             _announce(loss)
             raise
         self._settle(step)
-        times = step.times
-        self._device_time_ns += reply.latency_ns[0]
+        times, latency_ns = step.times, reply.latency_ns[0]
+        leased = isinstance(reply, LeasedReply)
+        self._device_time_ns += latency_ns
         # Made while the device is busy: what is made after the deadline makes every step of a waiting engine longer.
         output = None if reply.injected_error else self._output.build(step.scheduled, reply, legal)
         self._clock.wait_until(times.deadline_ns)
         resolved_ns = self._clock.now_ns()
         pending = step.pending
         lateness_ns, late_answer_ns = resolved_ns - times.deadline_ns, pending.answer_ns - times.deadline_ns
-        self._stream.count_step(lateness_ns, late_answer_ns, reply if pending.lease else None)
-        self._summary.count(
-            reply.latency_ns[0], reply.support, is_leased=bool(pending.lease), is_late=late_answer_ns > 0
-        )
+        self._stream.count_step(lateness_ns, late_answer_ns, reply)
+        self._summary.count(latency_ns, reply.support, is_leased=leased, is_late=late_answer_ns > 0)
         if self._trace is not None:
             record = trace_pb2.TraceStep(
                 request=pending.request,
-                reply=reply,
+                reply=message_of(reply),
                 answer_ns=pending.answer_ns,
                 resolved_ns=resolved_ns,
-                leased=pending.lease is not None,
+                leased=leased,
                 **{name: getattr(times, name) for name in StepTimes.__slots__},
             )
             # Says how later steps may be answered, not how this one was.

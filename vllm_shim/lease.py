@@ -14,7 +14,7 @@ _MOST_LEASES = 4096
 _NUMBERS = (
     *("num_decode_requests", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token"),
     *("context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end"),
-    *("draw_key", "generation", "not_after_prefill"),
+    *("draw_key", "generation", "not_after_prefill", "prep_ns", "copy_ns", "support"),
 )
 _OF_THE_REPLY = ("generation", "prep_ns", "copy_ns", "support", "knowledge", "support_distance")
 
@@ -29,7 +29,7 @@ class HeldLease:
             setattr(self, name, getattr(lease, name))
         # The second one is of this lease alone; plain integers would take five times the room.
         self.residual_pool, self.latency_pool_ns = residual_pool, array("Q", lease.latency_pool_ns)
-        # Every answer, but for its step and its latency.
+        # Every answer but for its step and its latency.
         self.reply = pb.StepReply(
             generated_tokens=lease.num_decode_requests, **{name: getattr(lease, name) for name in _OF_THE_REPLY}
         )
@@ -85,10 +85,35 @@ def leased_latency_ns(lease: Any, key: int, step_index: int, context_tokens: int
     return max(1, floor(base * drawn + 0.5))
 
 
-def leased_reply(lease: Any, step_index: int, context_tokens: int, max_context_tokens: int) -> pb.StepReply:
-    """What the server would have sent."""
-    reply = pb.StepReply()
-    reply.CopyFrom(lease.reply)
-    reply.step_index = step_index
-    reply.latency_ns.append(leased_latency_ns(lease, lease.draw_key, step_index, context_tokens, max_context_tokens))
-    return reply
+class LeasedReply:
+    """What the server would have sent to a step of the lease: the fields that an engine reads, as StepReply names them.
+
+    Making a message and reading it field by field costs more than the answer.
+    """
+
+    __slots__ = ("_lease", "copy_ns", "generation", "latency_ns", "prep_ns", "step_index", "support")
+
+    injected_error = False
+    accepted_draft_tokens: Sequence[int] = ()
+    target_output_tokens: Sequence[pb.TargetOutputTokens] = ()
+
+    def __init__(self, lease: Any, step_index: int, context_tokens: int, max_context_tokens: int) -> None:
+        self._lease = lease
+        self.step_index = step_index
+        self.latency_ns = (leased_latency_ns(lease, lease.draw_key, step_index, context_tokens, max_context_tokens),)
+        self.prep_ns, self.copy_ns = lease.prep_ns, lease.copy_ns
+        self.generation, self.support = lease.generation, lease.support
+
+    def message(self) -> pb.StepReply:
+        """The message itself."""
+        reply = pb.StepReply(step_index=self.step_index, latency_ns=self.latency_ns)
+        reply.MergeFrom(self._lease.reply)
+        return reply
+
+
+Reply = pb.StepReply | LeasedReply
+
+
+def message_of(reply: Reply) -> pb.StepReply:
+    """The answer as a message, wherever it is from."""
+    return reply.message() if isinstance(reply, LeasedReply) else reply

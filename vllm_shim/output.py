@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vllm.sampling_params import SamplingParams
 
-    from step_oracle.v1 import step_pb2 as pb
+    from vllm_shim.lease import Reply
     from vllm_shim.step_shape import RequestState, ScheduledStep
     from vllm_shim.tokens import TokenSource
 
@@ -34,7 +34,7 @@ class OutputBuilder:
         self._columns: Any = None
         self._columns_of: list[RequestState] | None = None
 
-    def build(self, step: ScheduledStep | DecodeStep, reply: pb.StepReply, legal: dict[str, int]) -> ModelRunnerOutput:
+    def build(self, step: ScheduledStep | DecodeStep, reply: Reply, legal: dict[str, int]) -> ModelRunnerOutput:
         """The output vLLM's scheduler reads; `legal` holds the grammar's choice per request id."""
         if isinstance(step, DecodeStep) and not (legal or self._speculative) and (output := self._build_plain(step)):
             return output
@@ -83,12 +83,14 @@ class OutputBuilder:
             fillers = [(self._tokens.fillers(state), state.filler_offset) for state in states]
             index_of = {state.request_id: i for i, state in enumerate(states)}
             self._columns_of = states
-            self._columns = plain and (index_of, fillers, [_last_index(state) for state in states])
+            self._columns = plain and (index_of, *zip(*fillers, strict=True), [_last_index(state) for state in states])
         if not self._columns:
             return None
-        index_of, fillers, last = self._columns
+        index_of, fillers, offsets, last = self._columns
         numbers = self._tokens.numbers
-        sampled = [[own[numbers[(offset + i) % SEQUENCE]]] for (own, offset), i in zip(fillers, indices, strict=True)]
+        sampled = [
+            [own[numbers[(offset + i) % SEQUENCE]]] for own, offset, i in zip(fillers, offsets, indices, strict=True)
+        ]
         if any(map(eq, last, indices)):
             sampled = [[self._token(state, i)] for state, i in zip(states, indices, strict=True)]
         return ModelRunnerOutput(step.request_ids, index_of, sampled)

@@ -20,7 +20,7 @@ import grpc
 
 from step_oracle.v1 import oracle_service_pb2 as pb
 from vllm_shim.errors import ConfigurationError, OracleLost
-from vllm_shim.lease import LeaseTable, leased_reply
+from vllm_shim.lease import LeasedReply, LeaseTable, Reply
 
 if TYPE_CHECKING:
     from step_oracle.v1 import step_pb2
@@ -71,7 +71,7 @@ class PendingStep:
         self.request: Any = request
         self.submit_ns = submit_ns
         self.lease = lease
-        self.reply: step_pb2.StepReply | None = None
+        self.reply: Reply | None = None
         self.error: OracleLost | None = None
         self.answer_ns = 0
         self._arrived = threading.Lock()
@@ -155,7 +155,7 @@ class OracleStream:
             return self.submit(request(), lease)
         answered = PendingStep(None, now_ns, lease)
         answered.answer_ns = now_ns
-        answered.reply = leased_reply(lease, step_index, step.context_tokens, step.max_context_tokens)
+        answered.reply = LeasedReply(lease, step_index, step.context_tokens, step.max_context_tokens)
         return answered
 
     def _take_leases(self) -> None:
@@ -191,12 +191,12 @@ class OracleStream:
             step = self._pending.popleft()
             shape = step.request.shape
             step.answer_ns = time.monotonic_ns()
-            step.reply = leased_reply(
+            step.reply = LeasedReply(
                 lease, step.request.step_index, shape.decode_context_tokens, shape.max_decode_context_tokens
             )
             step.release()
 
-    def wait(self, step: PendingStep) -> step_pb2.StepReply:
+    def wait(self, step: PendingStep) -> Reply:
         """Engine thread: the reply, or OracleLost once the budget is spent. Under `hold` it waits without limit."""
         budget = self._config.budget_seconds
         while not step.wait(budget):
@@ -207,20 +207,20 @@ class OracleStream:
             raise step.error or OracleLost("step-oracle: a step was released without an answer")
         return step.reply
 
-    def count_step(self, lateness_ns: int, late_answer_ns: int, leased: step_pb2.StepReply | None = None) -> None:
+    def count_step(self, lateness_ns: int, late_answer_ns: int, reply: Reply | None = None) -> None:
         """Engine thread: one resolved step; `late_answer_ns` above 0 when the answer came after the deadline."""
         with self._lock:
             counts = self._counts
-            counts.steps += 1
-            counts.lateness_sum_ns += lateness_ns
-            counts.lateness_buckets[bisect_left(_BUCKET_BOUNDS_NS, lateness_ns)] += 1
+            counts["steps"] += 1
+            counts["lateness_sum_ns"] += lateness_ns
+            counts["lateness_buckets"][bisect_left(_BUCKET_BOUNDS_NS, lateness_ns)] += 1
             if late_answer_ns > 0:
-                counts.late_answers += 1
-                counts.late_answer_ns += late_answer_ns
-            if leased is not None:
-                counts.leased_steps += 1
-                counts.last_leased_step_index = leased.step_index
-                counts.leased_steps_by_support[leased.support] += 1
+                counts["late_answers"] += 1
+                counts["late_answer_ns"] += late_answer_ns
+            if isinstance(reply, LeasedReply):
+                counts["leased_steps"] += 1
+                counts["last_leased_step_index"] = reply.step_index
+                counts["leased_steps_by_support"][reply.support] += 1
 
     def close(self) -> None:
         """Ends the stream so that the server frees the engine id at once. Idempotent."""
@@ -239,7 +239,7 @@ class OracleStream:
     def _take_counts(self) -> pb.ShimCounts:
         with self._lock:
             counts, self._counts = self._counts, _fresh_counts()
-        return counts
+        return pb.ShimCounts(**counts)
 
     def _read(self) -> None:
         """Reader thread: one stream after the other until closed or lost."""
@@ -270,7 +270,7 @@ class OracleStream:
                     return
             self._era = (self._era[0], deque())
             with self._lock:
-                self._counts.reconnects += 1
+                self._counts["reconnects"] += 1
             lost_since_ns = lost_since_ns or time.monotonic_ns()
             if self._budget_spent(lost_since_ns):
                 self._fail(f"{reason}; the budget of {self._config.budget_seconds:g} s is spent")
@@ -326,7 +326,7 @@ class OracleStream:
                 here_ns, in_all_ns = (time.monotonic_ns() - max(self._unheard_since_ns, ns) for ns in (opened_ns, 0))
                 if self._unheard_since_ns and here_ns > max(self._config.budget_seconds * 1e9 / 3, in_all_ns / 2):
                     self._call.cancel()
-                if not self._counts.steps:
+                if not self._counts["steps"]:
                     continue
                 message = pb.StreamStepsRequest()
             if message is None:
@@ -442,5 +442,7 @@ def _read(config: ShimConfig, name: str) -> bytes | None:
         raise ConfigurationError(f"STEP_ORACLE_{name.upper()} {path}: {error.strerror}") from None
 
 
-def _fresh_counts() -> pb.ShimCounts:
-    return pb.ShimCounts(lateness_buckets=[0] * (len(_BUCKET_BOUNDS_NS) + 1), leased_steps_by_support=[0] * 4)
+def _fresh_counts() -> dict[str, Any]:
+    """The fields of ShimCounts: counting in a message costs several times as much."""
+    buckets = {"lateness_buckets": [0] * (len(_BUCKET_BOUNDS_NS) + 1), "leased_steps_by_support": [0] * 4}
+    return dict.fromkeys(pb.ShimCounts.DESCRIPTOR.fields_by_name, 0) | buckets

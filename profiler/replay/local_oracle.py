@@ -12,6 +12,7 @@ from oracle_server.sampling.oracle import Oracle
 from oracle_server.sampling.shape import StepQuery
 from oracle_server.sampling.wake import WakeCurve
 from step_oracle.v1 import step_pb2 as pb
+from vllm_shim.lease import message_of
 from vllm_shim.stream import PendingStep
 
 NO_WAKE = WakeCurve(())
@@ -110,9 +111,9 @@ class LocalOracle:
 
     def wait(self, pending: PendingStep) -> pb.StepReply:
         assert pending.reply is not None  # noqa: S101  submit has answered
-        return pending.reply
+        return message_of(pending.reply)
 
-    def count_step(self, lateness_ns: int, late_answer_ns: int, leased: object = None) -> None:
+    def count_step(self, lateness_ns: int, late_answer_ns: int, reply: object = None) -> None:
         """Nothing is ever late."""
 
     def close(self) -> None:

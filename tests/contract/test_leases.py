@@ -15,7 +15,7 @@ from oracle_calls import Calls, Stream, decode, identity, prefill
 from oracle_process import OracleProcess
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, step_pb2
 from vllm_shim.config import ShimConfig
-from vllm_shim.lease import LeaseTable, leased_reply
+from vllm_shim.lease import LeasedReply, LeaseTable, message_of
 from vllm_shim.step_shape import DecodeStep
 from vllm_shim.stream import OracleStream, open_channels
 
@@ -56,8 +56,8 @@ def answer(
     step = DecodeStep([], [], [], requests, context, longest, 0)
     pending = stream.submit_decode(step_index, step, lambda: decode(step_index, requests, context))
     reply = stream.wait(pending)
-    stream.count_step(0, 0, reply if pending.lease else None)
-    return reply, pending.lease is not None
+    stream.count_step(0, 0, reply)
+    return message_of(reply), pending.lease is not None
 
 
 def wait_until(what: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
@@ -88,7 +88,7 @@ def test_a_granted_piece_answers_what_the_server_would(pack: str, calls: Calls, 
         if found is not None:
             leased += 1
             reply.ClearField("lease")
-            assert leased_reply(found, i, context, 700 + i) == reply
+            assert LeasedReply(found, i, context, 700 + i).message() == reply
         elif reply.HasField("lease"):
             table.take(reply.lease)
     stream.close()
@@ -109,7 +109,7 @@ def test_an_exact_cell_of_a_sampled_pack_is_leased_and_a_blended_one_is_not(call
         if found is not None:
             leased.append(requests)
             reply.ClearField("lease")
-            assert leased_reply(found, i, requests * (700 + i), 700 + i) == reply
+            assert LeasedReply(found, i, requests * (700 + i), 700 + i).message() == reply
         elif reply.HasField("lease"):
             table.take(reply.lease)
     stream.close()
@@ -235,7 +235,7 @@ def test_a_step_behind_one_that_waits_is_answered_from_a_lease_all_the_same(
         assert [stream.wait(pending).step_index for pending in asked] == [1, 2]
         assert asked[1].lease is not None
         expected = shared.sample(identity("behind"), [decode(2)])[0]
-        assert asked[1].reply == expected
+        assert message_of(asked[1].reply) == expected
 
 
 def test_counts_that_come_alone_are_answered_with_the_generation(shared: Calls) -> None:

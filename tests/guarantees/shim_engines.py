@@ -14,6 +14,7 @@ from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity, prefill
 from oracle_server.rpc.channel import ANONYMOUS, Access
 from step_oracle.v1 import oracle_service_pb2, step_pb2, trace_pb2
 from vllm_shim.config import ShimConfig
+from vllm_shim.lease import message_of
 from vllm_shim.step_shape import DecodeStep
 from vllm_shim.stream import OracleStream, open_channels
 from vllm_shim.trace import TraceWriter
@@ -133,7 +134,7 @@ class ShimEngine:
                     if self.stream.moves > moves:
                         moves = self.stream.moves
                         self.waits_after_move_ms.append(self.waits_ms[-1])
-                self._trace.write(trace_pb2.TraceStep(request=request, reply=reply))
+                self._trace.write(trace_pb2.TraceStep(request=request, reply=message_of(reply)))
                 self.steps += 1
         except BaseException as error:  # noqa: BLE001 - told to the main thread
             self.failure = error

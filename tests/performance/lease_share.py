@@ -30,7 +30,7 @@ from oracle_server.state.binding import Binding
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.snapshot import EnginePlan, LoadedPack, Snapshot
 from step_oracle.v1 import step_pb2
-from vllm_shim.lease import LeaseTable, leased_reply
+from vllm_shim.lease import LeasedReply, LeaseTable
 
 ENGINE = "--max-model-len 16384 --max-num-seqs 256 --max-num-batched-tokens 2048"
 EXPERIMENT = "tenants/default/experiments/default"
@@ -117,7 +117,7 @@ def count(steps: list[Any], plan: EnginePlan) -> dict[str, int]:
         lease = table.find(shape.num_decode_requests, *where, shape.previous_prefill_tokens)
         if lease is not None:
             leased += 1
-            assert leased_reply(lease, step.request.step_index, *where) == step.reply, step
+            assert LeasedReply(lease, step.request.step_index, *where).message() == step.reply, step
             continue
         reply = step_pb2.StepReply()
         query, _, _ = wire.read_step(step.request)

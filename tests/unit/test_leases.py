@@ -19,7 +19,7 @@ from oracle_server.state.binding import Binding, Overlay
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.snapshot import EnginePlan, LoadedPack, Snapshot
 from step_oracle.v1 import step_pb2 as pb
-from vllm_shim.lease import HeldLease, LeaseTable, leased_reply
+from vllm_shim.lease import HeldLease, LeasedReply, LeaseTable
 
 EXPERIMENT = "tenants/default/experiments/e"
 ENGINE = EngineIdentity(EXPERIMENT, "server-1/dp0", {"rack": "7"}, "m", 1)
@@ -127,7 +127,8 @@ def compare(plans: list[EnginePlan], seed: int, count: int) -> tuple[int, int]:
         if lease is not None:
             leased += 1
             assert lease.generation == plan.generation
-            assert leased_reply(lease, step_index, *where[1:]) == served(plan, step_index, query), (step_index, query)
+            answer = LeasedReply(lease, step_index, *where[1:]).message()
+            assert answer == served(plan, step_index, query), (step_index, query)
             continue
         asked += 1
         new = granted(plan, query, leases)
@@ -211,7 +212,7 @@ def test_a_lease_holds_at_every_edge_of_its_piece_and_not_beyond(oracles: dict[s
     assert {low, high} <= {longest for _, longest in reachable}
     for context, longest in reachable:
         held: Any = table.find(4, context, longest, 0)
-        assert leased_reply(held, 9, context, longest) == served(plan, 9, decode_query(4, context, longest))
+        assert LeasedReply(held, 9, context, longest).message() == served(plan, 9, decode_query(4, context, longest))
     for context, longest in ((first - 1, low), (last + 1, low), (first, low - 1), (first, high + 1)):
         assert table.find(4, context, longest, 0) is None
     assert table.find(5, first, low, 0) is None
@@ -256,7 +257,7 @@ def test_every_exact_cell_of_a_sampled_pack_is_leased_and_nothing_else(
                 assert (lease is not None) is is_exact, (name, query)
                 if lease is not None:
                     leased += 1
-                    assert leased_reply(HeldLease(lease, ()), 7, context, requests) == reply
+                    assert LeasedReply(HeldLease(lease, ()), 7, context, requests).message() == reply
         assert leased > 100
 
 
@@ -326,7 +327,7 @@ def test_a_lease_with_latencies_answers_one_of_them() -> None:
     lease = table.find(1, 5, 5, 0)
     for step_index in range(300):
         expected = pool[draws.index_below(draws.draw(KEY, step_index, 1, 0), 3)]
-        assert leased_reply(lease, step_index, 5, 5).latency_ns == [expected]
+        assert LeasedReply(lease, step_index, 5, 5).message().latency_ns == [expected]
 
 
 def test_a_lease_of_a_pack_with_a_transition_term_is_not_for_the_step_after_a_prefill() -> None:

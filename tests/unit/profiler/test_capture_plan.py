@@ -138,13 +138,13 @@ def test_a_chunk_that_fills_a_step_is_as_long_every_time() -> None:
 @pytest.mark.parametrize("power", [0, 1])
 def test_a_region_of_many_lengths_is_tight_whether_latency_grows_with_them_or_not(power: int) -> None:
     made = next(step for step in captures.steps(40) if step.chunk_tokens)
+    made = made._replace(num_decode_requests=0, num_decode_tokens=0, decode_context_tokens=0)
     visit = Visit(0, 0, 256, 1)
     steps = []
     for number, length in enumerate(itertools.islice(visit.prompts(512), 16)):
         latency_ns = round(1e7 * (length / 256) ** power * (1 + 0.01 * (-1) ** number))
         end_ns = made.device_start_ns + latency_ns
-        alone = {"num_decode_requests": 0, "num_decode_tokens": 0, "decode_context_tokens": 0}
-        steps.append(made._replace(chunk_tokens=(length,), chunk_context=(0,), device_end_ns=end_ns, **alone))
+        steps.append(made._replace(chunk_tokens=(length,), chunk_context=(0,), device_end_ns=end_ns))
     coverage = Coverage([visit])
     coverage.take(steps)
 
