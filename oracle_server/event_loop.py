@@ -2,10 +2,11 @@
 
 grpc.aio (1.85) hands its events, two per message, from a thread of its own to the loop through a socket, one byte each,
 and reads one byte a turn. Where engines are paced and not in phase, each message finds the loop asleep, and waking it
-up costs more than answering. So a turn that comes soon after the one before first sleeps until PERIOD_SECONDS have
-passed since that one began, and takes all that came meanwhile. Whoever comes alone waits for nobody: a turn after a
-pause begins at once, and where waits bring too little together (one or two engines that ask as fast as they are
-answered) the loop does without for REST_SECONDS.
+up costs more than answering. So where the process uses most of a core (BUSY_SHARE) a turn that comes soon after the
+one before first sleeps until PERIOD_SECONDS have passed since that one began, and takes all that came meanwhile. Where
+there is CPU to spare nobody waits, and whoever comes alone does not either: a turn after a pause begins at once, and
+where waits bring too little together (one or two engines that ask as fast as they are answered) the loop does without
+for REST_SECONDS.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ _T = TypeVar("_T")
 # holds: its shim has the latency of the whole step to hear of it.
 PERIOD_SECONDS = 0.002
 REST_SECONDS = 0.1
+# Share of a core above which messages gather, and below which they do not any more (gathering lowers it), of stretches
+# of so many seconds.
+BUSY_SHARE = 0.5
+CALM_SHARE = 0.25
+LOOK_SECONDS = 0.1
 # What waits have to bring together on average: more than the events of two engines that wait for their answers.
 ENOUGH_EVENTS = 5
 # A busy fleet's sparse moment does not end the waiting: so many events are remembered.
@@ -67,7 +73,7 @@ class GatheringLoop(uvloop.Loop):
 class Gathering:
     """Calls grpc's reader, at most once a period while many events come. Owned by the loop, called in its turns.
 
-    `monotonic` in seconds; `sleep` blocks, for seconds.
+    `monotonic` and `cpu`, the process's CPU time, in seconds; `sleep` blocks, for seconds.
     """
 
     def __init__(
@@ -76,11 +82,16 @@ class Gathering:
         read: Callable[[], object],
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
+        cpu: Callable[[], float] = time.process_time,
     ) -> None:
         self._events = events
         self._read = read
         self._monotonic = monotonic
         self._sleep = sleep
+        self._cpu = cpu
+        self._is_busy = False
+        # When the share of a core was looked at last, and what had been used by then.
+        self._looked = monotonic(), cpu()
         self._buffer = bytearray(_MOST_EVENTS)
         self._begun = self._rest_until = float("-inf")
         # Events that waits have brought beyond what they had to.
@@ -89,8 +100,10 @@ class Gathering:
     def __call__(self) -> None:
         """One turn."""
         now = self._monotonic()
+        if now - self._looked[0] >= LOOK_SECONDS:
+            self._look(now)
         wait = self._begun + PERIOD_SECONDS - now
-        waits = wait > 0.0 and now >= self._rest_until
+        waits = self._is_busy and wait > 0.0 and now >= self._rest_until
         if waits:
             self._sleep(wait)
             now = self._monotonic()
@@ -103,6 +116,13 @@ class Gathering:
                 self._rest_until = now + REST_SECONDS
         if events:
             self._read()
+
+    def _look(self, now: float) -> None:
+        """How much of a core the process has used since the last look."""
+        (seconds, before), used = self._looked, self._cpu()
+        share = (used - before) / (now - seconds)
+        self._is_busy = share > (CALM_SHARE if self._is_busy else BUSY_SHARE)
+        self._looked = now, used
 
     def _take(self) -> int:
         """How many events wait to be read; all but one byte are taken.

@@ -235,8 +235,8 @@ def _engine(
         log_path=log_path,
         extra_args=(*LIMITS, *(EMULATED if target else ()), *more),
         extra_env=cpu_variables() if target is None else {"STEP_ORACLE_ENGINE_ID": "emulated"},
-        # As the captured one, whose plan is driven from its session: in a session of its own an engine core that spins
-        # beside a busy client gets a third of the core it shares with it.
+        # The client's, as the captured engine's is its plan's: Linux shares a core between sessions first, and an
+        # engine core that spins beside a client of another session gets less of it (profiler/capture/README.md).
         own_session=False,
     )
 

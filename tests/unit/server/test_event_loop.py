@@ -15,7 +15,10 @@ import pytest
 import uvloop
 
 from oracle_server.event_loop import (
+    BUSY_SHARE,
+    CALM_SHARE,
     ENOUGH_EVENTS,
+    LOOK_SECONDS,
     PERIOD_SECONDS,
     REST_SECONDS,
     SWITCH_INTERVAL_SECONDS,
@@ -37,11 +40,14 @@ class Events:
         self.slept: list[float] = []
         self.arriving = 0
         self.turns = 0
-        self.gathering = Gathering(self.receiver, self._read, lambda: self.seconds, self._sleep)
+        # Of a core, used until now; as much of it from now on.
+        self.used, self.share = 0.0, 1.0
+        self.gathering = Gathering(self.receiver, self._read, lambda: self.seconds, self._sleep, lambda: self.used)
+        self.turn(after=LOOK_SECONDS, waiting=0)
 
     def turn(self, *, after: float, waiting: int = 1, arriving: int = 0) -> None:
         """A turn `after` seconds; `waiting` events are there, `arriving` come if it sleeps."""
-        self.seconds += after
+        self._pass(after)
         self.sender.send(bytes(waiting))
         self.arriving = arriving
         self.gathering()
@@ -60,8 +66,12 @@ class Events:
 
     def _sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-        self.seconds += seconds
+        self._pass(seconds)
         self.sender.send(bytes(self.arriving))
+
+    def _pass(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.used += self.share * seconds
 
 
 @pytest.fixture
@@ -70,6 +80,25 @@ def events() -> Iterator[Events]:
     yield made
     made.receiver.close()
     made.sender.close()
+
+
+def sleeps(events: Events, share: float) -> int:
+    """Sleeps of a stretch in which the process uses this share of a core, and of one as long after it."""
+    events.share = share
+    events.turn(after=LOOK_SECONDS)
+    before = len(events.slept)
+    for _ in range(10):
+        events.turn(after=PERIOD_SECONDS / 4, arriving=ENOUGH_EVENTS)
+    return len(events.slept) - before
+
+
+def test_where_there_is_cpu_to_spare_nobody_waits(events: Events) -> None:
+    assert sleeps(events, BUSY_SHARE + 0.01) == 10
+    # What gathering saves does not end it.
+    assert sleeps(events, CALM_SHARE + 0.01) == 10
+    assert sleeps(events, CALM_SHARE - 0.01) == 0
+    assert sleeps(events, BUSY_SHARE - 0.01) == 0
+    assert sleeps(events, BUSY_SHARE + 0.01) == 10
 
 
 def test_a_turn_after_a_pause_begins_at_once(events: Events) -> None:
