@@ -43,7 +43,9 @@ QUICK = Sizes(warm_up_seconds=3, seconds=8, engines=10, every_seconds=0.5, block
 def run(folder: Path, sizes: Sizes) -> list[Row]:
     traces, packs = folder / "traces", build_packs(folder)
     traces.mkdir()
-    times, resident, handles, arrays = [], [], [], []
+    times, resident = [], []
+    handles: list[int] = []
+    arrays: list[int] = []
     with OracleProcess(folder / "state") as server, Calls(server.target) as calls:
         digests = [calls.upload(pack) for pack in packs]
         calls.create(digests[0], **binding_of(1))
