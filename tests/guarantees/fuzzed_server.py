@@ -259,12 +259,18 @@ class _RawStream:
         self._requests.put(damaged)
         self._requests.put(oracle_service_pb2.StreamStepsRequest(steps=[step]).SerializeToString())
         responses: list[Any] = []
-        while True:
-            response = oracle_service_pb2.StreamStepsResponse.FromString(next(self._call))
-            if response.replies and response.replies[-1].step_index == _SENTINEL:
-                del response.replies[-1]
-                return [*responses, response]
-            responses.append(response)
+        try:
+            for data in self._call:
+                response = oracle_service_pb2.StreamStepsResponse.FromString(data)
+                if response.replies and response.replies[-1].step_index == _SENTINEL:
+                    del response.replies[-1]
+                    return [*responses, response]
+                responses.append(response)
+        except grpc.RpcError:
+            # Else the thread that waits for what is to be sent stays, one for each stream that was refused.
+            self._requests.put(None)
+            raise
+        raise EOFError("the stream ended without an answer")
 
     def cancel(self) -> None:
         """End it."""
