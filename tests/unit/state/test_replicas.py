@@ -186,7 +186,8 @@ async def test_an_engine_id_is_given_once_and_its_incarnations_are_counted_over_
 
     assert (done, [type(error) for error in errors]) == ([1], [EngineIdTaken])
     stream = await open_stream(second, 1)
-    await until(lambda: first.experiments.find(NAME).engines["x"].elsewhere != "")
+    # Not that it is attached there alone.
+    await until(lambda: first.experiments.find(NAME).engines["x"].stream is not None)
     with pytest.raises(EngineIdTaken, match="has an open stream"):
         await attach(first)
     record = second.experiments.find(NAME).engines["x"]
