@@ -443,6 +443,6 @@ def _read(config: ShimConfig, name: str) -> bytes | None:
 
 
 def _fresh_counts() -> dict[str, Any]:
-    """The fields of ShimCounts: counting in a message costs several times as much."""
+    """The fields of ShimCounts: counting in a message costs twice as much."""
     buckets = {"lateness_buckets": [0] * (len(_BUCKET_BOUNDS_NS) + 1), "leased_steps_by_support": [0] * 4}
     return dict.fromkeys(pb.ShimCounts.DESCRIPTOR.fields_by_name, 0) | buckets
