@@ -69,7 +69,7 @@ def main() -> int:
         beside = None
         for name in (name for name in NAMES if name in options.only):
             print(f"{name} ...", file=sys.stderr, flush=True)
-            if name == BESIDE:
+            if name == BESIDE and len(set(options.only)) > 1:
                 beside = pool.submit(timed, name, quick=options.quick)
             else:
                 add(name, *timed(name, quick=options.quick))
