@@ -55,6 +55,8 @@ _RETRIED = {
 # What each failure beyond the first at every replica adds to the pause before the next try, and the longest pause.
 _BACKOFF_SECONDS = (0.05, 0.5)
 _COUNTS_EVERY_SECONDS = 1.0
+# The replicas: (what the target says of each, the channel to it).
+Channels = deque[tuple[str, grpc.Channel]]
 _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000))
 
 
@@ -100,7 +102,7 @@ class OracleStream:
     engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
-    def __init__(self, config: ShimConfig, channels: deque[grpc.Channel], opening: pb.StreamOpen) -> None:
+    def __init__(self, config: ShimConfig, channels: Channels, opening: pb.StreamOpen) -> None:
         self._config = config
         self._channels = channels
         self._opening = opening
@@ -233,7 +235,7 @@ class OracleStream:
         self._reader.join(timeout=1.0)
         if self._call is not None:
             self._call.cancel()
-        for channel in self._channels:
+        for _, channel in self._channels:
             channel.close()
 
     def _take_counts(self) -> pb.ShimCounts:
@@ -254,6 +256,7 @@ class OracleStream:
                 if not lost_since_ns:
                     # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.
                     lost_since_ns = time.monotonic_ns()
+                    self._leave()
                     continue
                 reason = "the oracle ended the stream"
             except ConfigurationError as error:
@@ -279,6 +282,12 @@ class OracleStream:
             # The next replica at once, each of them, then ever more slowly.
             pause = min(_BACKOFF_SECONDS[0] * max(0, failures - len(self._channels)), _BACKOFF_SECONDS[1])
             self._closed.wait(pause * random.uniform(0.8, 1.2))  # noqa: S311
+
+    def _leave(self) -> None:
+        """Ends the connection with its stream: the next one looks the name up again, and nowhere do two stay open."""
+        target, channel = self._channels[0]
+        self._channels[0] = target, _open_channel(self._config, target)
+        channel.close()
 
     def _budget_spent(self, lost_since_ns: int) -> bool:
         """An idle engine waits for its oracle as long as it takes; the budget runs while a step is pending."""
@@ -306,7 +315,7 @@ class OracleStream:
             self._outbox.put(None)
             self._outbox = outbox
         self._channels.rotate()
-        method = self._channels[0].stream_stream(
+        method = self._channels[0][1].stream_stream(
             f"/{_SERVICE}/StreamSteps",
             request_serializer=pb.StreamStepsRequest.SerializeToString,
             response_deserializer=pb.StreamStepsResponse.FromString,
@@ -385,13 +394,13 @@ class OracleStream:
             self._call.cancel()
 
 
-def open_channels(config: ShimConfig) -> deque[grpc.Channel]:
+def open_channels(config: ShimConfig) -> Channels:
     """A channel to each replica that the target names, in an order of this engine's own. They connect lazily."""
-    targets = config.target.split(",")
-    return deque(_open_channel(config, target.strip()) for target in random.sample(targets, len(targets)))
+    targets = [target.strip() for target in config.target.split(",")]
+    return deque((target, _open_channel(config, target)) for target in random.sample(targets, len(targets)))
 
 
-def call_unary(channels: deque[grpc.Channel], config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
+def call_unary(channels: Channels, config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
     """One unary call, to one replica after the other while they are UNAVAILABLE, up to the budget.
 
     Raises the last grpc.RpcError. Not through the generated stubs: those of one grpcio release refuse to load under an
@@ -400,7 +409,7 @@ def call_unary(channels: deque[grpc.Channel], config: ShimConfig, method: str, r
     end = time.monotonic() + config.budget_seconds
     while True:
         channels.rotate()
-        call = channels[0].unary_unary(
+        call = channels[0][1].unary_unary(
             f"/{_SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=response_type.FromString,

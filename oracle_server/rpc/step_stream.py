@@ -34,7 +34,7 @@ BREAK_SECONDS = 0.005
 CLOSED = "closed by the engine"
 AGED = "old"
 # How much the ages of streams differ: those that were opened together do not end together.
-_AGE_SPREAD = 0.2
+AGE_SPREAD = 0.2
 
 
 class Events(Protocol):
@@ -166,7 +166,7 @@ class StepStream:
     def _age(self) -> asyncio.TimerHandle | None:
         if not self._max_age_seconds:
             return None
-        spread = random.uniform(1 - _AGE_SPREAD, 1 + _AGE_SPREAD)  # noqa: S311
+        spread = random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)  # noqa: S311
         return asyncio.get_running_loop().call_later(self._max_age_seconds * spread, self._retire)
 
     async def _open(

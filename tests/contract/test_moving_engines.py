@@ -253,13 +253,8 @@ def test_a_replica_takes_an_engine_that_attached_at_another(apart: ReplicatedSer
         there.close()
 
 
-def test_engines_follow_the_addresses_of_a_name(
-    tmp_path: Path, pack_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_follow_the_addresses_of_a_name(tmp_path: Path, pack_dirs: dict[str, Path]) -> None:
     """`dns:///` of a headless service: a replica that joins gets its share, one that leaves fails no step."""
-    # grpc looks a name up at most twice a minute.
-    options = (*_channel_options(), ("grpc.dns_min_time_between_resolutions_ms", 100))
-    monkeypatch.setattr("vllm_shim.stream._CHANNEL_OPTIONS", options)
     arguments = ("--max-stream-age", "1")
     first = OracleProcess(tmp_path / "first", metrics="127.0.0.1:0", arguments=arguments)
     with first, DnsServer({"oracle.test": ["127.0.0.1"]}) as dns:
@@ -310,9 +305,3 @@ def test_a_command_goes_to_the_replica_that_serves(
     )
     assert empty.returncode == 2
     assert "of each of its replicas with commas between them" in empty.stderr
-
-
-def _channel_options() -> tuple[tuple[str, object], ...]:
-    from vllm_shim import stream
-
-    return stream._CHANNEL_OPTIONS

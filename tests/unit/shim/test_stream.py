@@ -411,6 +411,22 @@ def test_a_stream_that_ends_without_an_error_is_followed_by_the_next_and_counts_
         assert sorted({request.step_index for request in oracle.requests}) == list(range(8))
 
 
+def test_a_stream_that_ends_without_an_error_takes_its_connection_along() -> None:
+    """Whatever goes by connections has a say: a balancer, shards at one port, a name that has more addresses by now."""
+    peers = []
+
+    def note(message: pb.StreamStepsRequest, context: grpc.ServicerContext) -> None:
+        if message.HasField("open"):
+            peers.append(context.peer())
+
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        oracle.before_answer = note
+        oracle.messages_per_stream = 2
+        for index in range(8):
+            stream.wait(stream.submit(step(index)))
+        assert len(set(peers)) == len(peers) >= 4
+
+
 def test_leases_outlive_a_stream_that_ends_without_an_error() -> None:
     with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
         stream.wait(decode(stream, 0))
