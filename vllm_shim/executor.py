@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from vllm.logger import init_logger
@@ -20,7 +19,7 @@ from vllm_shim.engine_config import engine_config, engine_identity
 from vllm_shim.errors import InjectedError, OracleLost
 from vllm_shim.exit_status import report_loss
 from vllm_shim.kv_cache import bytes_per_block, kv_cache_specs
-from vllm_shim.lease import LeasedReply, message_of
+from vllm_shim.lease import LeasedReply, Reply, message_of
 from vllm_shim.output import OutputBuilder
 from vllm_shim.run_summary import RunSummary
 from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
@@ -81,7 +80,8 @@ class StepOracleExecutor(Executor):
         self._tokens = TokenSource(self._tokenizer(), self.model_config.get_vocab_size())
         self._num_drafts = self._engine_config.num_speculative_tokens
         self._output = OutputBuilder(self._tokens, speculative=self._num_drafts > 0)
-        self._dispatched: _Step
+        # The step handed over last.
+        self._dispatched: tuple[ScheduledStep | DecodeStep, StepTimes, PendingStep]
         self._loras: set[int] = set()
         self._silent_calls = set(_CALLS_WITHOUT_EFFECT)
         self._switch_interval = sys.getswitchinterval()
@@ -243,12 +243,12 @@ class StepOracleExecutor(Executor):
             return resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         times, idle_ns = self._timeline.hand_over(dispatch_ns)
         if isinstance(step, DecodeStep) and self._config.leases and not idle_ns:
-            pending = self._stream.submit_decode(self._step_index, step, partial(self._request, step))
+            pending = self._stream.submit_decode(self._step_index, step, self._request)
             if self._trace is not None:
                 pending.request = pending.request or self._request(step)
         else:
             pending = self._stream.submit(self._request(step, idle_ns))
-        self._dispatched = _Step(step, times, pending)
+        self._dispatched = step, times, pending
         return _RESOLVED if non_block else None
 
     def _request(self, step: ScheduledStep | DecodeStep, idle_ns: int = 0) -> step_pb2.StepRequest:
@@ -261,39 +261,38 @@ class StepOracleExecutor(Executor):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """The Future of the step handed over last."""
-        step = self._dispatched
-        legal = self._tokens.legal(grammar_output, step.scheduled) if grammar_output is not None else {}
-        self._last_sampled = step.scheduled
-        future = DeadlineFuture(partial(self._is_due, step), partial(self._resolve, step, legal))
+        scheduled, times, pending = self._dispatched
+        legal = self._tokens.legal(grammar_output, scheduled) if grammar_output is not None else {}
+        self._last_sampled = scheduled
+        future = DeadlineFuture(self._is_due, self._resolve, times, pending, scheduled, legal)
         return future if non_block else future.result()
 
-    def _is_due(self, step: _Step) -> bool:
+    def _is_due(self, times: StepTimes, pending: PendingStep, *_: Any) -> bool:
         """Whether waiting for the step would return at once.
 
         The steps before it have been settled: the queue is in order.
         """
-        if not step.pending.is_answered():
-            return False
-        if step.pending.reply is None:
-            return True
-        self._settle(step)
-        return self._clock.now_ns() >= step.times.deadline_ns
+        if pending.reply is None:
+            return pending.error is not None
+        self._settle(times, pending.reply)
+        return self._clock.now_ns() >= times.deadline_ns
 
-    def _resolve(self, step: _Step, legal: dict[str, int]) -> ModelRunnerOutput:
+    def _resolve(
+        self, times: StepTimes, pending: PendingStep, scheduled: ScheduledStep | DecodeStep, legal: dict[str, int]
+    ) -> ModelRunnerOutput:
         try:
-            reply = self._stream.wait(step.pending)
+            reply = pending.reply or self._stream.wait(pending)
         except OracleLost as loss:
             _announce(loss)
             raise
-        self._settle(step)
-        times, latency_ns = step.times, reply.latency_ns[0]
+        self._settle(times, reply)
+        latency_ns = reply.latency_ns[0]
         leased = isinstance(reply, LeasedReply)
         self._device_time_ns += latency_ns
         # Made while the device is busy: what is made after the deadline makes every step of a waiting engine longer.
-        output = None if reply.injected_error else self._output.build(step.scheduled, reply, legal)
+        output = None if reply.injected_error else self._output.build(scheduled, reply, legal)
         self._clock.wait_until(times.deadline_ns)
         resolved_ns = self._clock.now_ns()
-        pending = step.pending
         lateness_ns, late_answer_ns = resolved_ns - times.deadline_ns, pending.answer_ns - times.deadline_ns
         self._stream.count_step(lateness_ns, late_answer_ns, reply)
         self._summary.count(latency_ns, reply.support, is_leased=leased, is_late=late_answer_ns > 0)
@@ -319,11 +318,10 @@ class StepOracleExecutor(Executor):
             raise error
         return output
 
-    def _settle(self, step: _Step) -> None:
-        reply = step.pending.reply
-        if step.times.deadline_ns or reply is None:
-            return
-        self._timeline.settle(step.times, latency_ns=reply.latency_ns[0], prep_ns=reply.prep_ns, copy_ns=reply.copy_ns)
+    def _settle(self, times: StepTimes, reply: Reply) -> None:
+        """Once for each step, in the order of dispatch."""
+        if not times.deadline_ns:
+            self._timeline.settle(times, latency_ns=reply.latency_ns[0], prep_ns=reply.prep_ns, copy_ns=reply.copy_ns)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Drafts for the step after the one sampled last.
@@ -355,14 +353,6 @@ class StepOracleExecutor(Executor):
             stream.close()
         if trace := getattr(self, "_trace", None):
             trace.close()
-
-
-class _Step(NamedTuple):
-    """One step between dispatch and result."""
-
-    scheduled: ScheduledStep | DecodeStep
-    times: StepTimes
-    pending: PendingStep
 
 
 def _announce(error: Exception) -> None:

@@ -6,7 +6,7 @@ from math import floor
 from typing import Any
 
 from step_oracle.v1 import step_pb2 as pb
-from vllm_shim.draws import draw
+from vllm_shim.draws import StepDraws
 
 _DOMAIN_RESIDUAL = 1
 # Pieces an engine keeps; one takes about 500 bytes, a pool of 256 ratios 8 KiB, one of 256 latencies 2 KiB.
@@ -14,7 +14,7 @@ _MOST_LEASES = 4096
 _NUMBERS = (
     *("num_decode_requests", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token"),
     *("context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end"),
-    *("draw_key", "generation", "not_after_prefill", "prep_ns", "copy_ns", "support"),
+    *("generation", "not_after_prefill", "prep_ns", "copy_ns", "support"),
 )
 _OF_THE_REPLY = ("generation", "prep_ns", "copy_ns", "support", "knowledge", "support_distance")
 
@@ -22,9 +22,10 @@ _OF_THE_REPLY = ("generation", "prep_ns", "copy_ns", "support", "knowledge", "su
 class HeldLease:
     """A Lease as plain values under the same names: reading a message field by field costs more than the answer."""
 
-    __slots__ = (*_NUMBERS, "latency_pool_ns", "reply", "residual_pool")
+    __slots__ = (*_NUMBERS, "draws", "latency_pool_ns", "reply", "residual_pool")
 
-    def __init__(self, lease: pb.Lease, residual_pool: Sequence[float]) -> None:
+    def __init__(self, lease: pb.Lease, residual_pool: Sequence[float], draws: StepDraws) -> None:
+        self.draws = draws
         for name in _NUMBERS:
             setattr(self, name, getattr(lease, name))
         # The second one is of this lease alone; plain integers would take five times the room.
@@ -42,6 +43,8 @@ class LeaseTable:
         # By number of requests, the newest first.
         self._held: dict[int, list[Any]] = {}
         self._pools: dict[int, tuple[float, ...]] = {}
+        # Of this engine, so the same for all its leases, unless the seed changes.
+        self._draws = StepDraws(0, _DOMAIN_RESIDUAL)
         self._size = 0
 
     def take(self, lease: pb.Lease) -> None:
@@ -50,8 +53,11 @@ class LeaseTable:
             self._pools[lease.pool_id] = tuple(lease.residual_pool)
         if self._size == _MOST_LEASES:
             self._held, self._size = {}, 0
+        if lease.draw_key != self._draws.key:
+            self._draws = StepDraws(lease.draw_key, _DOMAIN_RESIDUAL)
         if (pool := self._pools.get(lease.pool_id, ())) or lease.latency_pool_ns:
-            self._held.setdefault(lease.num_decode_requests, []).insert(0, HeldLease(lease, pool))
+            held = HeldLease(lease, pool, self._draws)
+            self._held.setdefault(lease.num_decode_requests, []).insert(0, held)
             self._size += 1
 
     def find(
@@ -71,13 +77,10 @@ class LeaseTable:
         self._held, self._pools, self._size = {}, {}, 0
 
 
-def leased_latency_ns(lease: Any, key: int, step_index: int, context_tokens: int, max_context_tokens: int) -> int:
-    """The expression of step.proto's Lease: Python floats are IEEE doubles and nothing is fused.
-
-    `key` is that of the engine's draws, `Lease.draw_key`.
-    """
+def leased_latency_ns(lease: Any, step_index: int, context_tokens: int, max_context_tokens: int) -> int:
+    """The expression of step.proto's Lease: Python floats are IEEE doubles and nothing is fused."""
     pool = lease.latency_pool_ns or lease.residual_pool
-    drawn = pool[((draw(key, step_index, _DOMAIN_RESIDUAL, 0) >> 32) * len(pool)) >> 32]
+    drawn = pool[((lease.draws.of(step_index) >> 32) * len(pool)) >> 32]
     if lease.latency_pool_ns:
         return drawn
     base = lease.intercept_ns + lease.slope_ns_per_context_token * context_tokens
@@ -100,7 +103,7 @@ class LeasedReply:
     def __init__(self, lease: Any, step_index: int, context_tokens: int, max_context_tokens: int) -> None:
         self._lease = lease
         self.step_index = step_index
-        self.latency_ns = (leased_latency_ns(lease, lease.draw_key, step_index, context_tokens, max_context_tokens),)
+        self.latency_ns = (leased_latency_ns(lease, step_index, context_tokens, max_context_tokens),)
         self.prep_ns, self.copy_ns = lease.prep_ns, lease.copy_ns
         self.generation, self.support = lease.generation, lease.support
 

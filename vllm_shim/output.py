@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from vllm_shim.tokens import TokenSource
 
 _SAMPLED_LOGPROB = -0.5
+# Steps whose tokens are worked out at once, where the same requests decode for long.
+_MOST_AHEAD = 16
 
 
 class OutputBuilder:
@@ -29,10 +30,15 @@ class OutputBuilder:
 
     def __init__(self, tokens: TokenSource, *, speculative: bool) -> None:
         self._tokens = tokens
+        self._numbers = np.frombuffer(tokens.numbers, np.uint8)
         self._speculative = speculative
-        # What is worked out once for the requests that decode: places, fillers, numbers of their last tokens.
+        # What is worked out once for the requests that decode.
         self._columns: Any = None
         self._columns_of: list[RequestState] | None = None
+        # Tokens of the steps to come, the next one's last, and the output index of its first request.
+        self._ahead: list[list[list[int]]] = []
+        self._ahead_index = -1
+        self._num_ahead = 1
 
     def build(self, step: ScheduledStep | DecodeStep, reply: Reply, legal: dict[str, int]) -> ModelRunnerOutput:
         """The output vLLM's scheduler reads; `legal` holds the grammar's choice per request id."""
@@ -45,9 +51,7 @@ class OutputBuilder:
         several, width = False, -1
         for request in step.requests:
             state = request.state
-            if state.num_logprobs is None:
-                state.num_logprobs = _asked(state.sampling, self._tokens.vocab_size)
-            width = max(width, state.num_logprobs)
+            width = max(width, self._num_logprobs(state))
             if request.output_index < 0:
                 outputs.append((state, []))
                 continue
@@ -77,27 +81,59 @@ class OutputBuilder:
 
     def _build_plain(self, step: DecodeStep) -> ModelRunnerOutput | None:
         """The same for decode requests that want tokens and nothing else; None where one wants more."""
-        states, indices = step.states, step.output_indices
+        states, first = step.states, step.output_indices[0]
         if states is not self._columns_of:
-            plain = all(_asked(state.sampling, self._tokens.vocab_size) < 0 for state in states)
-            fillers = [(self._tokens.fillers(state), state.filler_offset) for state in states]
-            index_of = {state.request_id: i for i, state in enumerate(states)}
-            self._columns_of = states
-            self._columns = plain and (index_of, *zip(*fillers, strict=True), [_last_index(state) for state in states])
-        if not self._columns:
+            self._columns_of, self._columns = states, self._columns_for(states)
+        if self._columns is None:
             return None
-        index_of, fillers, offsets, last = self._columns
-        numbers = self._tokens.numbers
-        sampled = [
-            [own[numbers[(offset + i) % SEQUENCE]]] for own, offset, i in zip(fillers, offsets, indices, strict=True)
-        ]
-        if any(map(eq, last, indices)):
-            sampled = [[self._token(state, i)] for state, i in zip(states, indices, strict=True)]
-        return ModelRunnerOutput(step.request_ids, index_of, sampled)
+        if not (step.follows and self._ahead and first == self._ahead_index):
+            self._num_ahead = min(2 * self._num_ahead, _MOST_AHEAD) if step.follows else 1
+            self._ahead = self._tokens_ahead(step.output_indices)
+        self._ahead_index = first + 1
+        return ModelRunnerOutput(step.request_ids, self._columns[0], self._ahead.pop())
+
+    def _columns_for(self, states: list[RequestState]) -> Any:
+        """(Index by request id; of each request: where its fillers begin, offset, number of its last token, EOS; all
+        fillers). None where a request wants more than tokens.
+        """
+        if any(self._num_logprobs(state) >= 0 for state in states):
+            return None
+        tables = {id(state.fillers): state.fillers for state in states}
+        ends = np.cumsum([len(table) for table in tables.values()])
+        begins = dict(zip(tables, (0, *ends.tolist()), strict=False))
+        return (
+            {state.request_id: i for i, state in enumerate(states)},
+            np.array([begins[id(state.fillers)] for state in states]),
+            np.array([state.filler_offset for state in states]),
+            np.array([state.last_index for state in states]),
+            [state.sampling.eos_token_id for state in states],
+            # The objects as they are: a list of them is made without making each anew.
+            np.array([token for table in tables.values() for token in table], object),
+        )
+
+    def _tokens_ahead(self, indices: list[int]) -> list[list[list[int]]]:
+        """[steps, requests, 1]: the tokens from these numbers on, the first step last."""
+        _, begins, offsets, last, eos, fillers = self._columns
+        now = np.array(indices)
+        places = offsets + now + np.arange(self._num_ahead)[::-1, None]
+        tokens = fillers[begins + self._numbers[places % SEQUENCE]]
+        left = last - now
+        for i in np.flatnonzero((left >= 0) & (left < self._num_ahead)).tolist():
+            tokens[-1 - left[i], i] = eos[i]
+        ahead: list[list[list[int]]] = tokens[..., None].tolist()
+        return ahead
+
+    def _num_logprobs(self, state: RequestState) -> int:
+        """What the request wants of logprobs, as `_asked`; what else holds for all its tokens is worked out with it."""
+        if state.num_logprobs is None:
+            state.num_logprobs = _asked(state.sampling, self._tokens.vocab_size)
+            state.last_index = _last_index(state)
+            self._tokens.fillers(state)
+        return state.num_logprobs
 
     def _token(self, state: RequestState, index: int) -> int:
         """EOS at the request's target length, never before min_tokens; else a filler."""
-        if index == _last_index(state):
+        if index == state.last_index:
             return int(state.sampling.eos_token_id)
         return self._tokens.filler(state, index)
 
@@ -163,7 +199,7 @@ class OutputBuilder:
 
 
 def _last_index(state: RequestState) -> int:
-    """Number of the output token that is EOS; -1: none."""
+    """RequestState.last_index: the request's target length, never before min_tokens."""
     target, sampling = state.target_output_tokens, state.sampling
     return max(target, sampling.min_tokens) - 1 if target and sampling.eos_token_id is not None else -1
 

@@ -46,6 +46,8 @@ class RequestState:
     fillers: Any = None
     filler_offset: int = 0
     num_logprobs: int | None = None
+    # Number of the output token that is EOS; -1: none.
+    last_index: int = -1
     # Tokens handed to the scheduler; only speculation reads it, since its placeholders blur the scheduler's own count.
     emitted_tokens: int = 0
 
@@ -83,6 +85,8 @@ class DecodeStep:
     context_tokens: int
     max_context_tokens: int
     previous_prefill_tokens: int
+    # The step before it was of the same requests, one token earlier each.
+    follows: bool = False
     new_requests: tuple[RequestState, ...] = ()
 
     @property
@@ -114,14 +118,17 @@ class StepReader:
         self._loras_seen = False
         # Who decoded last; computed less output tokens of each, where only its next token is left to compute.
         self._decoding: tuple[list[str], list[RequestState], list[int]] = ([], [], [])
+        # The step before this one, where it was of decode requests alone and all of them go on.
+        self._last: DecodeStep | None = None
 
     def read(self, scheduler_output: SchedulerOutput) -> ScheduledStep | DecodeStep:
         """The shape of the step and the requests in it; total_num_scheduled_tokens 0 gives an empty step."""
         if scheduler_output.finished_req_ids:
-            self._decoding = ([], [], [])
+            self._decoding, self._last = ([], [], []), None
             for request_id in scheduler_output.finished_req_ids:
                 self._requests.pop(request_id, None)
-        if decode := self._read_decode(scheduler_output):
+        self._last = decode = self._read_decode(scheduler_output)
+        if decode is not None:
             self._previous_prefill_tokens = 0
             return decode
         shape = pb.StepShape(
@@ -153,6 +160,11 @@ class StepReader:
             or list(scheduler_output.num_scheduled_tokens) != ids
         ):
             return None
+        last = self._last
+        # None can be further than the one token of the step before, so where all together are, each is.
+        if last is not None and ids == last.request_ids and sum(computed) == last.context_tokens:
+            context, longest = last.context_tokens + len(ids), last.max_context_tokens + 1
+            return DecodeStep(ids, last.states, outputs, len(ids), context, longest, 0, follows=True)
         if ids != self._decoding[0]:
             states = [self._requests[request_id] for request_id in ids]
             self._decoding = (ids, states, [state.prompt_tokens - 1 for state in states])

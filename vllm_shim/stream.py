@@ -76,8 +76,11 @@ class PendingStep:
         self.reply: Reply | None = None
         self.error: OracleLost | None = None
         self.answer_ns = 0
-        self._arrived = threading.Lock()
-        self._arrived.acquire()
+        # What is answered on the spot has nothing to wait for.
+        self._arrived: Any = None
+        if request is not None:
+            self._arrived = threading.Lock()
+            self._arrived.acquire()
 
     def is_answered(self) -> bool:
         """True once there is a reply or an error."""
@@ -138,23 +141,25 @@ class OracleStream:
         return step
 
     def submit_decode(
-        self, step_index: int, step: DecodeStep, request: Callable[[], step_pb2.StepRequest]
+        self, step_index: int, step: DecodeStep, request: Callable[[DecodeStep], step_pb2.StepRequest]
     ) -> PendingStep:
-        """The same for a decode-only step: answered from a lease where one holds.
+        """The same for a decode-only step: answered from a lease where one holds, else `request(step)` is sent.
 
         Not before the steps before it are answered: one of them could bring a newer generation, and an engine never
         goes back.
         """
         # Read before the era: what has been answered by now shows in the generation.
         waits = bool(self._pending)
-        self._take_leases()
-        key = (step.num_requests, step.context_tokens, step.max_context_tokens, step.previous_prefill_tokens)
-        lease = self._leases.find(*key)
+        if self._era is not self._leases_era or self._leases_era[1]:
+            self._take_leases()
+        lease = self._leases.find(
+            step.num_requests, step.context_tokens, step.max_context_tokens, step.previous_prefill_tokens
+        )
         now_ns = time.monotonic_ns()
-        if lease is not None and self._is_silent(now_ns):
+        if lease is not None and self._unheard_since_ns and self._is_silent(now_ns):
             lease = None
         if lease is None or waits:
-            return self.submit(request(), lease)
+            return self.submit(request(step), lease)
         answered = PendingStep(None, now_ns, lease)
         answered.answer_ns = now_ns
         answered.reply = LeasedReply(lease, step_index, step.context_tokens, step.max_context_tokens)

@@ -49,8 +49,11 @@ class DeviceTimeline:
 
         Finish = start + latency; visible at finish + copy.
         """
-        times.device_start_ns = max(times.dispatch_ns + prep_ns, self._free_at_ns)
-        times.device_finish_ns = self._free_at_ns = times.device_start_ns + latency_ns
+        start_ns = times.dispatch_ns + prep_ns
+        if start_ns < self._free_at_ns:
+            start_ns = self._free_at_ns
+        times.device_start_ns = start_ns
+        times.device_finish_ns = self._free_at_ns = start_ns + latency_ns
         times.deadline_ns = times.device_finish_ns + copy_ns
 
 
@@ -81,22 +84,25 @@ class DeadlineFuture(Future[Any]):
     dispatched step resolves exactly once, by its output or by an error.
     """
 
-    def __init__(self, is_due: Callable[[], bool], resolve: Callable[[], Any]) -> None:
-        """`resolve` waits for answer and deadline and returns the output, or raises.
+    __slots__ = ("_is_due", "_of_the_step", "_outcome", "_resolve")
+
+    def __init__(self, is_due: Callable[..., bool], resolve: Callable[..., Any], *of_the_step: Any) -> None:
+        """`resolve(*of_the_step)` waits for answer and deadline and returns the output, or raises.
 
         Future's own state is left out: its condition and callbacks would cost more than the rest of a leased step.
         """
         self._is_due = is_due
         self._resolve = resolve
+        self._of_the_step = of_the_step
         self._outcome: tuple[Any, BaseException | None] | None = None
 
     def done(self) -> bool:
-        return self._outcome is not None or self._is_due()
+        return self._outcome is not None or self._is_due(*self._of_the_step)
 
     def result(self, timeout: float | None = None) -> Any:
         if self._outcome is None:
             try:
-                self._outcome = (self._resolve(), None)
+                self._outcome = (self._resolve(*self._of_the_step), None)
             except BaseException as error:  # noqa: BLE001  a Future carries whatever ended its step
                 self._outcome = (None, error)
         output, failure = self._outcome

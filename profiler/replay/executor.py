@@ -19,6 +19,7 @@ from profiler.replay.lock_step import Meet
 from profiler.replay.times import RequestTimes
 from step_oracle.v1 import oracle_service_pb2 as pb
 from vllm_shim.executor import StepOracleExecutor
+from vllm_shim.lease import Reply
 from vllm_shim.step_shape import StepReader
 from vllm_shim.stream import OracleStream
 from vllm_shim.timeline import StepTimes
@@ -144,9 +145,9 @@ class ReplayExecutor(StepOracleExecutor):
             times[request_id].preemptions += 1
         answer = super().execute_model(scheduler_output, non_block)
         if self._meet is not None and scheduler_output.total_num_scheduled_tokens:
-            step = self._dispatched
-            assert step.pending.reply is not None  # noqa: S101  the oracle is in this process
-            self._gather(step.times, step.pending.reply.latency_ns[0])
+            _, handed_over, pending = self._dispatched
+            assert pending.reply is not None  # noqa: S101  the oracle is in this process
+            self._gather(handed_over, pending.reply.latency_ns[0])
         return answer
 
     def execute_dummy_batch(self) -> None:
@@ -170,12 +171,12 @@ class ReplayExecutor(StepOracleExecutor):
         self._clock.wait_until(times.dispatch_ns)
         return times
 
-    def _settle(self, step: Any) -> None:
+    def _settle(self, times: StepTimes, reply: Reply) -> None:
         """Once, in the order of dispatch: passes of a group last as long as the longest of them."""
         if self._meet is None:
-            super()._settle(step)
-        elif not step.times.deadline_ns:
-            self._settle_together(step.times, step.pending.reply.prep_ns, step.pending.reply.copy_ns)
+            super()._settle(times, reply)
+        elif not times.deadline_ns:
+            self._settle_together(times, reply.prep_ns, reply.copy_ns)
 
     def _settle_together(self, times: StepTimes, prep_ns: int, copy_ns: int) -> None:
         self._timeline.settle(times, latency_ns=self._common_ns.popleft(), prep_ns=prep_ns, copy_ns=copy_ns)

@@ -54,7 +54,7 @@ def answer(
     """The reply to a decode-only step as the executor gets and counts it, and whether it came from a lease."""
     longest = -(-context // requests)
     step = DecodeStep([], [], [], requests, context, longest, 0)
-    pending = stream.submit_decode(step_index, step, lambda: decode(step_index, requests, context))
+    pending = stream.submit_decode(step_index, step, lambda _: decode(step_index, requests, context))
     reply = stream.wait(pending)
     stream.count_step(0, 0, reply)
     return message_of(reply), pending.lease is not None
@@ -231,7 +231,7 @@ def test_a_step_behind_one_that_waits_is_answered_from_a_lease_all_the_same(
         answer(stream, 0)
         asked: list[Any] = [stream.submit(prefill(1, (10, 0)))]
         step = DecodeStep([], [], [], 4, 4000, 1000, 0)
-        asked.append(stream.submit_decode(2, step, lambda: decode(2)))
+        asked.append(stream.submit_decode(2, step, lambda _: decode(2)))
         assert [stream.wait(pending).step_index for pending in asked] == [1, 2]
         assert asked[1].lease is not None
         expected = shared.sample(identity("behind"), [decode(2)])[0]

@@ -159,11 +159,11 @@ def test_a_stream_that_is_old_ends_between_steps_and_leases_stay(server_of_short
     stream = OracleStream(config, open_channels(config), opening)
     step = DecodeStep([], [], [], 4, 4000, 1000, 0)
     try:
-        stream.wait(stream.submit_decode(0, step, lambda: decode(0)))
+        stream.wait(stream.submit_decode(0, step, lambda _: decode(0)))
         index, asked = 1, 0
         ends = stream_ends(server).get("OK", 0)
         while stream_ends(server).get("OK", 0) < ends + 3:
-            pending = stream.submit_decode(index, step, lambda: decode(index))  # noqa: B023 - called at once, or not
+            pending = stream.submit_decode(index, step, lambda _: decode(index))  # noqa: B023 - called at once, or not
             assert stream.wait(pending).step_index == index
             asked += pending.lease is None
             index += 1

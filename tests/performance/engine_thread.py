@@ -50,10 +50,10 @@ def table_of(rows: list[dict[str, Any]], version: str) -> Any:
     from rich.table import Table
 
     table = Table(title=f"Engine thread in our code, us per step (vLLM {version})", title_justify="left")
-    for column in ("requests", "leases", "p50", "p90", "hand over p50", "result p50", "CPU p50", "leased"):
+    for column in ("requests", "leases", "p50", "mean", "p90", "hand over p50", "result p50", "CPU p50", "leased"):
         table.add_column(column, justify="right")
     for row in rows:
-        figures = (row["p50"], row["p90"], row["over"], row["result"], row["cpu"])
+        figures = (row["p50"], row["mean"], row["p90"], row["over"], row["result"], row["cpu"])
         table.add_row(
             str(row["requests"]), row["leases"], *(f"{figure:.1f}" for figure in figures), f"{row['leased']:.1%}"
         )
@@ -185,7 +185,7 @@ class Engine:
             executor.execute_model(scheduled, non_block=True)
             future = executor.sample_tokens(None, non_block=True)
             handed_over, used = now(), cpu() - begin_cpu
-            self.leased += getattr(executor._dispatched.pending, "lease", None) is not None
+            self.leased += getattr(executor._dispatched[2], "lease", None) is not None
             while now() - handed_over < work_ns:
                 pass
             begin_cpu, asked = cpu(), now()
@@ -212,6 +212,8 @@ def worker(target: str, work_us: int) -> int:
                 "requests": engine.requests,
                 "leases": engine.leases,
                 "p50": statistics.median(sums) / 1e3,
+                # Without the slowest hundredth: what is worked out ahead for 16 steps is in it, interruptions are not.
+                "mean": statistics.fmean(sums[: len(sums) * 99 // 100]) / 1e3,
                 "p90": sums[len(sums) * 9 // 10] / 1e3,
                 "over": statistics.median(over) / 1e3,
                 "result": statistics.median(result) / 1e3,

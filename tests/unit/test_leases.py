@@ -19,6 +19,7 @@ from oracle_server.state.binding import Binding, Overlay
 from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.snapshot import EnginePlan, LoadedPack, Snapshot
 from step_oracle.v1 import step_pb2 as pb
+from vllm_shim.draws import StepDraws
 from vllm_shim.lease import HeldLease, LeasedReply, LeaseTable
 
 EXPERIMENT = "tenants/default/experiments/e"
@@ -257,7 +258,10 @@ def test_every_exact_cell_of_a_sampled_pack_is_leased_and_nothing_else(
                 assert (lease is not None) is is_exact, (name, query)
                 if lease is not None:
                     leased += 1
-                    assert LeasedReply(HeldLease(lease, ()), 7, context, requests).message() == reply
+                    assert (
+                        LeasedReply(HeldLease(lease, (), StepDraws(lease.draw_key, 1)), 7, context, requests).message()
+                        == reply
+                    )
         assert leased > 100
 
 

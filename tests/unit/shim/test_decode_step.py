@@ -71,9 +71,9 @@ class LongWay(StepReader):
 
 
 def test_both_ways_read_the_same_steps() -> None:
-    short_ways = 0
+    short_ways = follows = 0
     for seed in range(20):
-        scheduler, short, long = Scheduler(seed), StepReader(), LongWay()
+        scheduler, short, long, last = Scheduler(seed), StepReader(), LongWay(), None
         for number in range(500):
             output = scheduler.step()
             step, expected = short.read(output), long.read(output)
@@ -83,6 +83,13 @@ def test_both_ways_read_the_same_steps() -> None:
                 (r.state.request_id, r.output_index, r.draft_token_ids) for r in expected.requests
             ]
             assert len(step.new_requests) == len(expected.new_requests)
+            if isinstance(step, DecodeStep) and step.follows:
+                # Each request a token further than in the step before, and the list of them the very same.
+                assert isinstance(last, DecodeStep)
+                assert step.states is last.states
+                assert step.output_indices == [index + 1 for index in last.output_indices]
+                follows += 1
+            last = step
             if isinstance(step, DecodeStep):
                 shape = expected.shape
                 assert not shape.prefill_chunks
@@ -91,3 +98,4 @@ def test_both_ways_read_the_same_steps() -> None:
                 assert step.max_context_tokens == shape.max_decode_context_tokens
                 assert step.previous_prefill_tokens == shape.previous_prefill_tokens
     assert short_ways > 3_000
+    assert follows > 1_000

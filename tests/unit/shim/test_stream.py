@@ -222,7 +222,7 @@ def decode(stream: OracleStream, index: int) -> PendingStep:
     one = DecodeStep([], [], [], 1, 100, 100, 0)
     request = step(index)
     request.shape.decode_context_tokens = request.shape.max_decode_context_tokens = 100
-    return stream.submit_decode(index, one, lambda: request)
+    return stream.submit_decode(index, one, lambda _: request)
 
 
 def prefill(index: int) -> step_pb2.StepRequest:
