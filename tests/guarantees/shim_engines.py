@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -146,18 +145,12 @@ class ShimEngine:
 
 
 class ShimFleet:
-    """Engines that run while the block runs. Owned by the thread that made it.
-
-    Their threads share an interpreter and hand it over as often as an engine's own threads do (`vllm_shim/executor.py`):
-    what they see of the server is not to wait for each other.
-    """
+    """Engines that run while the block runs. Owned by the thread that made it."""
 
     def __init__(self, count: int, make: Callable[[int], ShimEngine]) -> None:
         self.engines = [make(number) for number in range(count)]
-        self._switch_interval = sys.getswitchinterval()
 
     def __enter__(self) -> ShimFleet:
-        sys.setswitchinterval(0.0005)
         for engine in self.engines:
             engine.start()
         return self
@@ -165,7 +158,6 @@ class ShimFleet:
     def __exit__(self, *error: object) -> None:
         for engine in self.engines:
             engine.stop()
-        sys.setswitchinterval(self._switch_interval)
 
     @property
     def steps(self) -> int:
