@@ -58,7 +58,7 @@ def _ask() -> Device:
     import grpc
 
     from step_oracle.v1 import oracle_service_pb2 as pb
-    from vllm_shim.stream import call_unary, open_channels
+    from vllm_shim.stream import call_unary, replicas_of
 
     config = ShimConfig.from_environment()
     engine = pb.EngineIdentity(
@@ -66,7 +66,7 @@ def _ask() -> Device:
     )
     try:
         answer = call_unary(
-            open_channels(config), config, "GetDevice", pb.GetDeviceRequest(engine=engine), pb.GetDeviceResponse
+            replicas_of(config), config, "GetDevice", pb.GetDeviceRequest(engine=engine), pb.GetDeviceResponse
         )
     except grpc.RpcError as error:
         raise OracleLost(

@@ -23,7 +23,7 @@ from vllm_shim.lease import LeasedReply, Reply, message_of
 from vllm_shim.output import OutputBuilder
 from vllm_shim.run_summary import RunSummary
 from vllm_shim.step_shape import DecodeStep, ScheduledStep, StepReader
-from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channels
+from vllm_shim.stream import OracleStream, PendingStep, call_unary, replicas_of
 from vllm_shim.timeline import Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
 from vllm_shim.tokens import TokenSource
 from vllm_shim.trace import TraceWriter
@@ -105,7 +105,7 @@ class StepOracleExecutor(Executor):
 
     def _open_stream(self, opening: pb.StreamOpen) -> OracleStream:
         _prepare_engine_thread()
-        return OracleStream(self._config, self._channels, opening)
+        return OracleStream(self._config, self._replicas, opening)
 
     def _attach(self) -> pb.AttachEngineResponse:
         request = pb.AttachEngineRequest(
@@ -114,10 +114,10 @@ class StepOracleExecutor(Executor):
             device_generation=emulated_device().generation,
             allow_mismatch=self._config.allow_mismatch,
         )
-        self._channels = open_channels(self._config)
+        self._replicas = replicas_of(self._config)
         try:
             answer: pb.AttachEngineResponse = call_unary(
-                self._channels, self._config, "AttachEngine", request, pb.AttachEngineResponse
+                self._replicas, self._config, "AttachEngine", request, pb.AttachEngineResponse
             )
         except grpc.RpcError as error:
             loss = OracleLost(

@@ -55,9 +55,27 @@ _RETRIED = {
 # What each failure beyond the first at every replica adds to the pause before the next try, and the longest pause.
 _BACKOFF_SECONDS = (0.05, 0.5)
 _COUNTS_EVERY_SECONDS = 1.0
-# The replicas: (what the target says of each, the channel to it).
-Channels = deque[tuple[str, grpc.Channel]]
 _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000))
+
+
+class Replica:
+    """One of the servers that the target names, and the channel to it, which connects when it is used."""
+
+    def __init__(self, config: ShimConfig, target: str) -> None:
+        self._config, self._target = config, target
+        self._channel: grpc.Channel | None = _open_channel(config, target)
+
+    @property
+    def channel(self) -> grpc.Channel:
+        if self._channel is None:
+            self._channel = _open_channel(self._config, self._target)
+        return self._channel
+
+    def leave(self) -> None:
+        """Ends the connection. The next one looks the name up again, and reads the files of certificates."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
 
 
 class PendingStep:
@@ -98,16 +116,16 @@ class PendingStep:
 
 
 class OracleStream:
-    """Owns the stream and the reader thread of one engine core, and of the channels to its replicas.
+    """Owns the stream and the reader thread of one engine core, and its replicas.
 
     Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread;
     `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may run on the
     engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
-    def __init__(self, config: ShimConfig, channels: Channels, opening: pb.StreamOpen) -> None:
+    def __init__(self, config: ShimConfig, replicas: deque[Replica], opening: pb.StreamOpen) -> None:
         self._config = config
-        self._channels = channels
+        self._replicas = replicas
         self._opening = opening
         self._lock = threading.Lock()
         self._pending: deque[PendingStep] = deque()
@@ -240,8 +258,8 @@ class OracleStream:
         self._reader.join(timeout=1.0)
         if self._call is not None:
             self._call.cancel()
-        for _, channel in self._channels:
-            channel.close()
+        for replica in self._replicas:
+            replica.leave()
 
     def _take_counts(self) -> pb.ShimCounts:
         with self._lock:
@@ -261,7 +279,8 @@ class OracleStream:
                 if not lost_since_ns:
                     # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.
                     lost_since_ns = time.monotonic_ns()
-                    self._leave()
+                    # Kept, it would stay open beside the one that gRPC opens when its server finds it old.
+                    self._replicas[0].leave()
                     continue
                 reason = "the oracle ended the stream"
             except ConfigurationError as error:
@@ -276,6 +295,9 @@ class OracleStream:
                 ):
                     self._fail(reason)
                     return
+            if lost_since_ns and self._config.tls_ca:
+                # Not even opened: its certificate may be one that was replaced meanwhile, or was being replaced.
+                self._replicas[0].leave()
             self._era = (self._era[0], deque())
             with self._lock:
                 self._counts["reconnects"] += 1
@@ -285,14 +307,8 @@ class OracleStream:
                 return
             failures += 1
             # The next replica at once, each of them, then ever more slowly.
-            pause = min(_BACKOFF_SECONDS[0] * max(0, failures - len(self._channels)), _BACKOFF_SECONDS[1])
+            pause = min(_BACKOFF_SECONDS[0] * max(0, failures - len(self._replicas)), _BACKOFF_SECONDS[1])
             self._closed.wait(pause * random.uniform(0.8, 1.2))  # noqa: S311
-
-    def _leave(self) -> None:
-        """Ends the connection with its stream: the next one looks the name up again, and nowhere do two stay open."""
-        target, channel = self._channels[0]
-        self._channels[0] = target, _open_channel(self._config, target)
-        channel.close()
 
     def _budget_spent(self, lost_since_ns: int) -> bool:
         """An idle engine waits for its oracle as long as it takes; the budget runs while a step is pending."""
@@ -319,8 +335,8 @@ class OracleStream:
             # Ends the iterator of the broken stream, which blocks in a thread of grpc's.
             self._outbox.put(None)
             self._outbox = outbox
-        self._channels.rotate()
-        method = self._channels[0][1].stream_stream(
+        self._replicas.rotate()
+        method = self._replicas[0].channel.stream_stream(
             f"/{_SERVICE}/StreamSteps",
             request_serializer=pb.StreamStepsRequest.SerializeToString,
             response_deserializer=pb.StreamStepsResponse.FromString,
@@ -399,13 +415,13 @@ class OracleStream:
             self._call.cancel()
 
 
-def open_channels(config: ShimConfig) -> Channels:
-    """A channel to each replica that the target names, in an order of this engine's own. They connect lazily."""
-    targets = [target.strip() for target in config.target.split(",")]
-    return deque((target, _open_channel(config, target)) for target in random.sample(targets, len(targets)))
+def replicas_of(config: ShimConfig) -> deque[Replica]:
+    """The replicas that the target names, in an order of this engine's own."""
+    targets = config.target.split(",")
+    return deque(Replica(config, target.strip()) for target in random.sample(targets, len(targets)))
 
 
-def call_unary(channels: Channels, config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
+def call_unary(replicas: deque[Replica], config: ShimConfig, method: str, request: Any, response_type: Any) -> Any:
     """One unary call, to one replica after the other while they are UNAVAILABLE, up to the budget.
 
     Raises the last grpc.RpcError. Not through the generated stubs: those of one grpcio release refuse to load under an
@@ -413,8 +429,8 @@ def call_unary(channels: Channels, config: ShimConfig, method: str, request: Any
     """
     end = time.monotonic() + config.budget_seconds
     while True:
-        channels.rotate()
-        call = channels[0][1].unary_unary(
+        replicas.rotate()
+        call = replicas[0].channel.unary_unary(
             f"/{_SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=response_type.FromString,
@@ -424,7 +440,7 @@ def call_unary(channels: Channels, config: ShimConfig, method: str, request: Any
             return call(
                 request,
                 timeout=max(_BACKOFF_SECONDS[0], end - time.monotonic()),
-                wait_for_ready=len(channels) == 1,
+                wait_for_ready=len(replicas) == 1,
                 metadata=_metadata(config),
             )
         except grpc.RpcError as error:

@@ -17,7 +17,7 @@ from step_oracle.v1 import experiment_pb2, oracle_service_pb2, step_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.lease import LeasedReply, LeaseTable, message_of
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, open_channels
+from vllm_shim.stream import OracleStream, replicas_of
 
 Dirs = dict[str, Path]
 
@@ -41,7 +41,7 @@ def shim(calls: Calls, target: str, engine_id: str, **variables: str) -> Iterato
     opening = oracle_service_pb2.StreamOpen(
         engine=engine, incarnation=calls.attach(engine).incarnation, leases=config.leases
     )
-    stream = OracleStream(config, open_channels(config), opening)
+    stream = OracleStream(config, replicas_of(config), opening)
     try:
         yield stream
     finally:

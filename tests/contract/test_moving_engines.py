@@ -26,7 +26,7 @@ from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, open_channels
+from vllm_shim.stream import OracleStream, replicas_of
 
 ENGINES = 4
 
@@ -156,7 +156,7 @@ def test_a_stream_that_is_old_ends_between_steps_and_leases_stay(server_of_short
     with Calls(server.target) as calls:
         incarnation = calls.attach(identity("e")).incarnation
     opening = oracle_service_pb2.StreamOpen(engine=identity("e"), incarnation=incarnation, leases=True)
-    stream = OracleStream(config, open_channels(config), opening)
+    stream = OracleStream(config, replicas_of(config), opening)
     step = DecodeStep([], [], [], 4, 4000, 1000, 0)
     try:
         stream.wait(stream.submit_decode(0, step, lambda _: decode(0)))

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 
+from guarantees.shim_engines import WatchedStream
 from oracle_calls import TIMEOUT, Calls, Stream, decode, identity, reason_of
 from secured_server import OPERATOR, Certificates, SecuredServer, write_secret
 from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, oracle_service_pb2, tenant_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import OracleLost
-from vllm_shim.stream import OracleStream, open_channels
+from vllm_shim.stream import replicas_of
 
 Dirs = dict[str, Path]
 EXPERIMENT = "tenants/acme/experiments/default"
@@ -51,7 +53,7 @@ class Fleet:
             config = ShimConfig.from_environment(variables, [])
             with server.calls(token) as calls:
                 opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=calls.attach(engine).incarnation)
-            self._streams.append(OracleStream(config, open_channels(config), opening))
+            self._streams.append(WatchedStream(config, replicas_of(config), opening))
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(ENGINES)]
 
     def __enter__(self) -> Fleet:
@@ -70,6 +72,16 @@ class Fleet:
         """Wait until each engine has taken 20 more steps, or one has failed."""
         before = list(self.steps)
         wait_for(lambda: bool(self.failures) or all(n >= b + 20 for n, b in zip(self.steps, before, strict=True)))
+
+    def open_again(self, times: int) -> None:
+        """Wait until each engine has opened, or tried to open, so many streams, or one has failed."""
+        before = [stream.opens for stream in self._streams]
+        wait_for(
+            lambda: (
+                bool(self.failures)
+                or all(stream.opens >= b + times for stream, b in zip(self._streams, before, strict=True))
+            )
+        )
 
     def _run(self, number: int) -> None:
         try:
@@ -146,6 +158,27 @@ def test_certificates_rotate_under_load_with_no_step_lost(server: SecuredServer)
     assert len(set(seen)) == 5
     print(f"4 rotations, {sum(fleet.steps)} steps, 0 failed")
     assert "the changed certificate cannot be used" in server.process.log
+
+
+def test_an_engine_that_moves_reads_its_certificates_anew_until_they_fit(tmp_path: Path, pack_dirs: Dirs) -> None:
+    """Its stream grows old while the files are being replaced: it tries with each state they have."""
+    certificates = Certificates(tmp_path / "tls")
+    arguments = ("--max-stream-age", "1")
+    with SecuredServer(tmp_path / "gated", arguments=arguments, certificates=certificates) as server:
+        server.add_tenant("acme")
+        with server.calls() as calls:
+            calls.create(calls.upload(pack_dirs["constant"], "acme"), tenant="acme")
+        token, _ = server.issue("acme", "engine")
+        authority = certificates.ca_file.read_bytes()
+        with Fleet(server, token) as fleet:
+            fleet.go_on()
+            for broken in (b"half a certif", trustme.CA().cert_pem.bytes()):
+                certificates.ca_file.write_bytes(broken)
+                # One old stream may be followed on the files before; the others are tries.
+                fleet.open_again(3)
+                certificates.ca_file.write_bytes(authority)
+                fleet.go_on()
+        assert fleet.failures == []
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from oracle_server.rpc.channel import ANONYMOUS, Access
 from secured_server import OPERATOR, Certificates, SecuredServer, write_secret
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import ConfigurationError
-from vllm_shim.stream import call_unary, open_channels
+from vllm_shim.stream import call_unary, replicas_of
 
 EXPERIMENT = "tenants/default/experiments/default"
 COMMAND = str(Path(sys.executable).with_name("step-oracle"))
@@ -99,7 +99,7 @@ def test_the_shim_and_the_command_line_speak_mtls(mutual: Mutual, tmp_path: Path
     }
     config = ShimConfig.from_environment(variables, [])
     request = pb.GetDeviceRequest(engine=identity("e"))
-    answer = call_unary(open_channels(config), config, "GetDevice", request, pb.GetDeviceResponse)
+    answer = call_unary(replicas_of(config), config, "GetDevice", request, pb.GetDeviceResponse)
     assert answer.device.name == "Test Device"
     # What the doctor says is what an engine would be told.
     call = doctor_oracle._channel_call(asdict(config), 10.0)
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     variables = {"STEP_ORACLE_TARGET": "127.0.0.1:1", "STEP_ORACLE_TLS_CA": str(tmp_path / "nothing")}
     config = ShimConfig.from_environment(variables, [])
     with pytest.raises(ConfigurationError, match="nothing"):
-        open_channels(config)
+        replicas_of(config)
     with pytest.raises(OSError, match="nothing"):
         doctor_oracle._channel_call(asdict(config), 1.0)
 

@@ -16,7 +16,7 @@ from step_oracle.v1 import oracle_service_pb2, step_pb2, trace_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.lease import message_of
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, open_channels
+from vllm_shim.stream import OracleStream, replicas_of
 from vllm_shim.trace import TraceWriter
 
 
@@ -91,7 +91,7 @@ class ShimEngine:
         with Calls(target, access) as calls:
             incarnation = calls.attach(engine).incarnation
         opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=incarnation, leases=leases)
-        self.stream = WatchedStream(config, open_channels(config), opening)
+        self.stream = WatchedStream(config, replicas_of(config), opening)
         self._trace = TraceWriter(f"{traces}/", trace_pb2.TraceHeader(engine=engine))
         self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
 

@@ -92,9 +92,9 @@ class Engine:
     def __init__(self, target: str, requests: int, leases: str) -> None:
         from step_oracle.v1 import oracle_service_pb2 as pb
         from vllm_shim import executor as shim
+        from vllm_shim import stream
         from vllm_shim.config import ShimConfig
         from vllm_shim.output import OutputBuilder
-        from vllm_shim.stream import call_unary, open_channels
         from vllm_shim.timeline import Clock
         from vllm_shim.tokens import TokenSource
 
@@ -109,14 +109,17 @@ class Engine:
             variables["STEP_ORACLE_LEASES"] = "1" if leases == "on" else "0"
         config = ShimConfig.from_environment(variables, [])
         engine = pb.EngineIdentity(experiment=config.experiment, engine_id=config.engine_id)
-        channels = open_channels(config)
+        # Older checkouts have channels where later ones have replicas.
+        replicas = getattr(stream, "replicas_of", None) or getattr(stream, "open_channels")  # noqa: B009
+        channels = replicas(config)
         request = pb.AttachEngineRequest(engine=engine)
-        attached = call_unary(channels, config, "AttachEngine", request, pb.AttachEngineResponse)
+        attached = stream.call_unary(channels, config, "AttachEngine", request, pb.AttachEngineResponse)
         self.executor: Any = object.__new__(shim.StepOracleExecutor)
         values: dict[str, Any] = {
             "_config": config,
             "_clock": PastClock("sleep"),
             "_channels": channels,
+            "_replicas": channels,
             "_trace": None,
             "_num_drafts": 0,
             "_tokens": TokenSource(None, 32_000),

@@ -16,7 +16,7 @@ from step_oracle.v1 import step_pb2
 from vllm_shim.config import ShimConfig
 from vllm_shim.errors import OracleLost
 from vllm_shim.step_shape import DecodeStep
-from vllm_shim.stream import OracleStream, PendingStep, call_unary, open_channels
+from vllm_shim.stream import OracleStream, PendingStep, call_unary, replicas_of
 
 LATENCY_NS = 5_000_000
 
@@ -30,7 +30,7 @@ def config(target: str, **changes: str) -> ShimConfig:
 def stream_to(target: str, **changes: str) -> Iterator[OracleStream]:
     settings = config(target, **changes)
     opening = pb.StreamOpen(engine=pb.EngineIdentity(engine_id="engine-0"), incarnation=7)
-    stream = OracleStream(settings, open_channels(settings), opening)
+    stream = OracleStream(settings, replicas_of(settings), opening)
     try:
         yield stream
     finally:
@@ -530,7 +530,7 @@ def test_a_unary_call_goes_on_to_a_replica_that_answers() -> None:
         settings = config(f"{gone.target},{oracle.target}")
         for _ in range(4):
             request = pb.GetDeviceRequest(engine=pb.EngineIdentity(engine_id="engine-0"))
-            answer = call_unary(open_channels(settings), settings, "GetDevice", request, pb.GetDeviceResponse)
+            answer = call_unary(replicas_of(settings), settings, "GetDevice", request, pb.GetDeviceResponse)
             assert answer.device.name == "NVIDIA H100 80GB HBM3"
 
 
@@ -545,5 +545,5 @@ def test_a_unary_call_that_is_refused_is_not_repeated(monkeypatch: pytest.Monkey
     with ScriptedOracle(constant(LATENCY_NS)) as oracle:
         settings = config(f"{oracle.target},{oracle.target}")
         with pytest.raises(grpc.RpcError, match="no experiment"):
-            call_unary(open_channels(settings), settings, "GetDevice", pb.GetDeviceRequest(), pb.GetDeviceResponse)
+            call_unary(replicas_of(settings), settings, "GetDevice", pb.GetDeviceRequest(), pb.GetDeviceResponse)
         assert len(asked) == 1
