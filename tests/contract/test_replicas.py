@@ -130,7 +130,8 @@ def test_steps_go_on_without_the_database_and_changes_are_refused(
     engines.go_on(10)
     held = first.open(identity("held", name), first.attach(identity("held", name)).incarnation)
     held.ask(decode(0))
-    wait_for(lambda: _experiment(first, name).attached_engines == 9)
+    # The other server hears of it too.
+    wait_for(lambda: all(_experiment(calls, name).attached_engines == 9 for calls in both))
     (own_postgres.stop if how == "stopped" else own_postgres.freeze)()
     try:
         for calls in both:

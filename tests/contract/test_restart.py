@@ -15,6 +15,7 @@ from builders import build_constant_pack
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, decode, identity
 from oracle_process import OracleFailed, OracleProcess
 from oracle_server.errors import OracleError
+from sharded_server import wait_for
 from step_oracle.v1 import experiment_pb2, pack_pb2
 
 ROUNDS = 6
@@ -62,6 +63,8 @@ def test_killed_during_uploads_and_activations_it_has_what_it_acknowledged(
         threads = [threading.Thread(target=upload_all), threading.Thread(target=activate_all)]
         for thread in threads:
             thread.start()
+        # On a slow machine no upload may be over by any of the moments.
+        wait_for(lambda: bool(number or acknowledged_packs))  # noqa: B023 - called at once
         time.sleep(draw.uniform(0.2, 1.2))
         server.kill()
         stop.set()
