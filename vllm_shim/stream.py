@@ -279,8 +279,9 @@ class OracleStream:
                 if not lost_since_ns:
                     # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.
                     lost_since_ns = time.monotonic_ns()
-                    # Kept, it would stay open beside the one that gRPC opens when its server finds it old.
-                    self._replicas[0].leave()
+                    if len(self._replicas) == 1:
+                        # Kept, it would stay open beside the one that gRPC opens when its server finds it old.
+                        self._replicas[0].leave()
                     continue
                 reason = "the oracle ended the stream"
             except ConfigurationError as error:

@@ -13,7 +13,7 @@ from environments import REPOSITORY
 SHIM = REPOSITORY / "vllm_shim"
 # Logical lines, so that the formatter has no say: one statement is one line however it is wrapped; docstrings, comments
 # and empty lines are free.
-LINES_ALLOWED = 1_439
+LINES_ALLOWED = 1_440
 # What vLLM's own interfaces hand the shim, beside vLLM, grpc and the wire.
 IMPORTS_ALLOWED = {"grpc", "numpy", "step_oracle", "torch", "vllm", "vllm_shim"}
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
