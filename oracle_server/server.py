@@ -78,11 +78,11 @@ METHODS = tuple(
 RATE_SECONDS = 1.0
 # How often packs are asked for that could not be had when their experiment wanted them.
 COMPLETE_SECONDS = 5.0
+# Of a stream's age. gRPC takes 10 % off at most: no connection is too old before the stream it was opened for is.
+_CONNECTION_AGES = 1.5
 # Shims ping each 30 s, and gRPC itself to measure a connection; the server tolerates one per second, with or without a
 # call (grpc's default is one per 300 s, and a GOAWAY for whoever pings more often a few times in a row). Far below
 # 30 s: on a machine so busy that pings are sent late they come close together.
-# gRPC takes 10 % off at most: no engine's connection is too old before its stream is.
-_CONNECTION_AGES = 1.5
 _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
@@ -238,9 +238,9 @@ def open_registry(config: ServerConfig) -> PackRegistry | None:
 def options(*, shared_port: bool = False, max_stream_age_seconds: float = 0.0) -> tuple[tuple[str, int], ...]:
     """Options of a server; `shared_port`: other processes listen at the same TCP address.
 
-    An engine ends its connection with its stream. Any other client's takes no new call after `_CONNECTION_AGES` times
-    `max_stream_age_seconds` (gRPC adds up to 10 % either way), so that the client looks its name up again; what is open
-    stays open. 0: for ever.
+    A connection takes no new call after `_CONNECTION_AGES` times `max_stream_age_seconds` (gRPC adds up to 10 % either
+    way), so that its client looks its name up again; what is open stays open. 0: for ever. An engine of one target is
+    gone before: it ends its connection with its stream.
     """
     milliseconds = int(1e3 * _CONNECTION_AGES * max_stream_age_seconds)
     age = (("grpc.max_connection_age_ms", milliseconds),) if max_stream_age_seconds else ()

@@ -280,7 +280,8 @@ class OracleStream:
                     # Ended politely, for the load to follow the replicas there are: what it granted is as good as ever.
                     lost_since_ns = time.monotonic_ns()
                     if len(self._replicas) == 1:
-                        # Kept, it would stay open beside the one that gRPC opens when its server finds it old.
+                        # Kept, it would stay open beside the one that gRPC opens when its server finds it old. Of
+                        # several targets the next one is asked, over a connection that is warm.
                         self._replicas[0].leave()
                     continue
                 reason = "the oracle ended the stream"

@@ -110,16 +110,16 @@ class Engine:
         config = ShimConfig.from_environment(variables, [])
         engine = pb.EngineIdentity(experiment=config.experiment, engine_id=config.engine_id)
         # Older checkouts have channels where later ones have replicas.
-        replicas = getattr(stream, "replicas_of", None) or getattr(stream, "open_channels")  # noqa: B009
-        channels = replicas(config)
+        replicas_of: Any = getattr(stream, "replicas_of", getattr(stream, "open_channels", None))
+        replicas = replicas_of(config)
         request = pb.AttachEngineRequest(engine=engine)
-        attached = stream.call_unary(channels, config, "AttachEngine", request, pb.AttachEngineResponse)
+        attached = stream.call_unary(replicas, config, "AttachEngine", request, pb.AttachEngineResponse)
         self.executor: Any = object.__new__(shim.StepOracleExecutor)
         values: dict[str, Any] = {
             "_config": config,
             "_clock": PastClock("sleep"),
-            "_channels": channels,
-            "_replicas": channels,
+            "_channels": replicas,
+            "_replicas": replicas,
             "_trace": None,
             "_num_drafts": 0,
             "_tokens": TokenSource(None, 32_000),

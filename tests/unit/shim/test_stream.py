@@ -427,6 +427,21 @@ def test_a_stream_that_ends_without_an_error_takes_its_connection_along() -> Non
         assert len(set(peers)) == len(peers) >= 4
 
 
+def test_of_several_replicas_the_connections_stay() -> None:
+    peers: dict[int, set[str]] = {}
+
+    def noting(number: int) -> Callable[[pb.StreamStepsRequest, grpc.ServicerContext], None]:
+        return lambda _, context: peers.setdefault(number, set()).add(context.peer())
+
+    with two_replicas() as (a, b, targets), stream_to(targets) as stream:
+        for number, oracle in enumerate((a, b)):
+            oracle.before_answer, oracle.messages_per_stream = noting(number), 2
+        for index in range(12):
+            stream.wait(stream.submit(step(index)))
+        assert min(len(a.opened), len(b.opened)) >= 2
+    assert [len(of_one) for of_one in peers.values()] == [1, 1]
+
+
 def test_leases_outlive_a_stream_that_ends_without_an_error() -> None:
     with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
         stream.wait(decode(stream, 0))
