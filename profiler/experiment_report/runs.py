@@ -69,7 +69,7 @@ def read_run(engine_id: str, path: Path) -> EngineRun:
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"{path} cannot be read: {error}", field="results") from None
     try:
-        return _run(engine_id, document)
+        return run_of(engine_id, document)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
             f"{path} is no result with the details of its requests ({error}); let the client write it with `vllm bench "
@@ -78,7 +78,8 @@ def read_run(engine_id: str, path: Path) -> EngineRun:
         ) from None
 
 
-def _run(engine_id: str, document: Mapping[str, Any]) -> EngineRun:
+def run_of(engine_id: str, document: Mapping[str, Any]) -> EngineRun:
+    """What such a document says; KeyError, TypeError or ValueError where it is none."""
     ttft = np.asarray(document["ttfts"], dtype=np.float64) * 1e3
     tokens = np.asarray(document["output_lens"], dtype=np.int64)
     if "latencies" in document:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ import pytest
 from bench_results import bench_result, write_result
 from oracle_server.cli.attached import Fleet, FleetEngine
 from oracle_server.errors import InvalidArgument
+from profiler.experiment_report import intervals
 from profiler.experiment_report.arms import Arm, arms_of, read_results
 from profiler.experiment_report.intervals import (
     LEAST_ENGINES,
     METRICS,
+    Metric,
     clusters_of,
     difference,
     estimate,
 )
 from profiler.experiment_report.picture import draw_report
 from profiler.experiment_report.report import as_json, build_report, tables
-from profiler.experiment_report.runs import EngineRun, read_run
+from profiler.experiment_report.runs import EngineRun, read_run, run_of
 
 TPOT = next(metric for metric in METRICS if metric.name == "TPOT mean")
 RATE = next(metric for metric in METRICS if metric.of == "tokens")
@@ -117,15 +120,15 @@ def test_a_difference_of_ten_percent_is_found_and_none_is_not(engines: int, resa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("engines", "requests"), [(5, 40), (1, 400)])
-def test_intervals_hold_the_truth_as_often_as_they_promise(engines: int, requests: int, tmp_path: Path) -> None:
+def test_intervals_hold_the_truth_as_often_as_they_promise(engines: int, requests: int) -> None:
     """200 experiments of a true +10 %. At 95 % fewer than 181 hold it with a probability of 0.4 %."""
     held = 0
     for experiment in range(200):
         first = 1000 * experiment
         spread = 0.05 if engines > 1 else 0.0
         options: dict[str, Any] = {"requests": requests, "engine_spread": spread}
-        before = runs_of(tmp_path, range(first, first + engines), **options)
-        slower = runs_of(tmp_path, range(first + 500, first + 500 + engines), tpot_ms=22.0, **options)
+        before = [run_of("e", bench_result(first + i, **options)) for i in range(engines)]
+        slower = [run_of("e", bench_result(first + 500 + i, tpot_ms=22.0, **options)) for i in range(engines)]
         (one, other), _ = clusters_of([before, slower])
         found = difference(one, other, TPOT, resamples=1000, seed=experiment)
         # What the interval is of: the ratio of the engines' expected values.
@@ -244,3 +247,30 @@ def test_a_report_is_data_tables_and_a_picture(arms: int, tmp_path: Path) -> Non
     data = (tmp_path / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(data) > 20_000
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: str(metric.name))
+@pytest.mark.parametrize("requests", [1, 9, 40, 500])
+def test_a_figure_of_many_resamples_is_that_of_each(metric: Metric, requests: int, tmp_path: Path) -> None:
+    clusters = [*runs_of(tmp_path, range(1, 2), requests=requests)[0].blocks(9)]
+    # One whose requests had one token each, and two with equal latencies.
+    clusters += [replace(clusters[0], tpot=np.empty(0)), replace(clusters[0], ttft=np.full(5, 60.0))]
+    clusters.append(clusters[-1])
+    taken = np.random.default_rng(1).integers(0, len(clusters), (200, len(clusters)))
+    # Nothing but clusters without a TPOT.
+    taken[0] = len(clusters) - 3
+    with_gaps = intervals._statistic(clusters, metric)(taken)
+    for row, found in zip(taken, with_gaps, strict=True):
+        mine = [clusters[i] for i in row]
+        if metric.of == "tokens":
+            wanted = sum(each.tokens for each in mine) / sum(each.seconds for each in mine)
+        else:
+            pooled = np.concatenate([getattr(each, metric.of) for each in mine])
+            if not pooled.size:
+                wanted = math.nan
+            elif metric.percentile is None:
+                wanted = pooled.mean()
+            else:
+                wanted = np.percentile(pooled, metric.percentile)
+        assert found == pytest.approx(wanted, rel=1e-12, nan_ok=True)
+    assert math.isnan(with_gaps[0]) == (metric.of == "tpot")
