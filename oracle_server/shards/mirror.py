@@ -87,10 +87,13 @@ class Mirror:
         name = names.experiment_name(row.tenant, row.experiment)
         loaded, missing = {}, {}
         for digest in binding.digests():
-            # The parent has not got it either; it lets this generation follow anew when it has.
-            if await asyncio.to_thread(self._files.has, digest):
-                loaded[digest] = await self._load(digest)
+            pack = self._files.loaded(digest)
+            if pack is None and await asyncio.to_thread(self._files.has, digest):
+                pack = await self._load(digest)
+            if pack is not None:
+                loaded[digest] = pack
             else:
+                # The parent has not got it either; it lets this generation follow anew when it has.
                 missing[digest] = "the registry could not give it when the server wanted it"
         snapshot = Snapshot(name, row.current.generation, binding, loaded, missing)
         live = self.experiments.live.get(name)

@@ -80,7 +80,11 @@ class Attachments:
         stream: EngineStream,
     ) -> tuple[LiveExperiment, EngineRecord]:
         """Give the engine's steps a stream. The engine may be unknown here: the server restarted since it attached."""
-        self._experiments.find(identity.experiment)
+        live = self._experiments.find(identity.experiment)
+        record = self._returning(live, identity, facts, incarnation, allowed)
+        if record is not None:
+            self._give(record, stream)
+            return live, record
         # Without a turn: an engine that is known comes back whatever the database does.
         opened = self._open_stream(identity, facts, incarnation, allowed, stream)
         change = self._records.change(opened, in_turn=False)
@@ -154,6 +158,46 @@ class Attachments:
         record.stream, record.ended, record.closed = None, True, False
         record.since = self._monotonic()
 
+    def _returning(
+        self,
+        live: LiveExperiment,
+        identity: EngineIdentity,
+        facts: packs.EngineFacts,
+        incarnation: int,
+        allowed: frozenset[str],
+    ) -> EngineRecord | None:
+        """The engine's record where there is nothing to ask or check: as it is there it has its place.
+
+        A change under way has counted with it, or will. One that has attached again elsewhere meanwhile is heard
+        of, and ends the stream.
+        """
+        record = live.engines.get(identity.engine_id)
+        if record is None or record.incarnation != incarnation or not record.may_return(self._monotonic()):
+            return None
+        given = facts if facts.num_kv_blocks else replace(facts, num_kv_blocks=record.facts.num_kv_blocks)
+        if (record.identity, record.facts, record.allowed) != (identity, given, allowed):
+            return None
+        if live.snapshot.pack_for(identity).digest != record.accepted_digest:
+            return None
+        _check_speculation(live, facts)
+        self._experiments.check_streams(live.tenant, instead_of=record)
+        return record
+
+    def _keep(self, live: LiveExperiment, record: EngineRecord) -> None:
+        """What the engine was before is no more; a stream that came back to it meanwhile neither."""
+        engine_id = record.identity.engine_id
+        former = live.engines.get(engine_id)
+        if former is not None and former.stream is not None:
+            former.stream.end(_attached_again(engine_id, record.incarnation, former.incarnation))
+        live.engines[engine_id] = record
+
+    def _give(self, record: EngineRecord, stream: EngineStream) -> None:
+        """The stream is now that of the engine."""
+        if record.stream is not None:
+            record.stream.end(_replaced(record.identity.engine_id))
+        record.stream, record.ended, record.closed = stream, False, False
+        self.place(record)
+
     # Below: under the lock of `Records.change`.
 
     async def _attach(
@@ -188,7 +232,7 @@ class Attachments:
         presence = write_presence(record) if self.server else b""
         incarnation = await self._records.call(store.attach_engine, *key, pack.digest, self.server, presence)
         record.incarnation = incarnation
-        live.engines[identity.engine_id] = record
+        self._keep(live, record)
         warnings = _sentences(passed)
         if kv_blocks.warning:
             warnings += (kv_blocks.warning,)
@@ -234,15 +278,12 @@ class Attachments:
         self._experiments.check_streams(live.tenant, instead_of=record)
         if record is None or record.incarnation != incarnation:
             record = EngineRecord(identity, facts, incarnation, pack.digest, allowed, since=now)
-            live.engines[identity.engine_id] = record
-        elif record.stream is not None:
-            record.stream.end(_replaced(identity.engine_id))
+            self._keep(live, record)
         if not facts.num_kv_blocks:
             facts = replace(facts, num_kv_blocks=record.facts.num_kv_blocks)
         record.identity, record.facts, record.allowed = identity, facts, allowed
         record.accepted_digest = pack.digest
-        record.stream, record.ended, record.closed = stream, False, False
-        self.place(record)
+        self._give(record, stream)
         return live, record
 
     async def _remembered(self, live: LiveExperiment, engine_id: str, incarnation: int) -> EngineRow | None:

@@ -35,7 +35,7 @@ from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.records import Records
 from oracle_server.state.shadow import Comparison, ShadowBook, summed
 from oracle_server.state.snapshot import LoadedPack, Snapshot
-from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, TenantRow
+from oracle_server.state.store import LOCAL_AUTHOR, Author, ExperimentRow, GenerationRow, Store, TenantRow
 
 WATCH_BATCH = 100
 TENANTS_BATCH = 1000
@@ -212,6 +212,10 @@ class Experiments:
         if live is not None:
             live.deleted = True
             live.wake()
+            for engine in live.engines.values():
+                # One that came back while it was being deleted.
+                if engine.stream is not None:
+                    engine.stream.end(deleted(name))
 
     async def load_pack(self, digest: str) -> LoadedPack:
         """A stored pack, mapped and warm, from wherever it lies; StoreFailed, Unavailable, PackInvalid."""
@@ -353,10 +357,12 @@ class Experiments:
     def check_streams(self, tenant: str, *, instead_of: EngineRecord | None = None) -> None:
         """QuotaExceeded unless the tenant may open one more stream; that of the engine `instead_of` does not count."""
         limit = self.tenant(tenant).max_streams
+        if not limit:
+            return
         mine = [live for live in self._live.values() if live.tenant == tenant]
         engines = sum(e.stream is not None and e is not instead_of for live in mine for e in live.engines.values())
         watches = sum(live.watches for live in mine)
-        if limit and engines + watches >= limit:
+        if engines + watches >= limit:
             raise QuotaExceeded(
                 f"{names.tenant_name(tenant)} has {engines} engine streams and {watches} watches open; allowed "
                 f"together: {limit}"
@@ -373,7 +379,7 @@ class Experiments:
             if self._draining:
                 raise Draining("the server is stopping; watch again, here or elsewhere")
             if live.deleted:
-                raise ExperimentNotFound(f"the experiment {live.name} has been deleted")
+                raise deleted(live.name)
             if live.current.generation == last:
                 await changed.wait()
                 continue
@@ -429,9 +435,12 @@ class Experiments:
             raise ExperimentExists(
                 f"the experiment {name} exists; `step-oracle experiment activate` changes what it answers"
             )
-        await self._check_packs(tenant, binding)
-        store = self._records.store
-        row = await self._records.call(store.create_experiment, tenant, experiment, binding, self._now_ns(), author)
+
+        def write(store: Store) -> ExperimentRow:
+            _check_packs(store, tenant, binding)
+            return store.create_experiment(tenant, experiment, binding, self._now_ns(), author)
+
+        row = await self._records.call(write, self._records.store)
         await self._followers.follow(row)
         live = LiveExperiment(row, Snapshot(name, row.current.generation, binding, loaded))
         self._live[name] = live
@@ -450,7 +459,6 @@ class Experiments:
     ) -> Activation:
         live = self.find(name)
         _check_expected(live, expected_generation)
-        await self._check_packs(live.tenant, binding)
         record = GenerationRow(live.current.generation + 1, binding, self._now_ns(), reason, author)
         snapshot = Snapshot(name, record.generation, binding, loaded)
         now = self._monotonic()
@@ -458,8 +466,13 @@ class Experiments:
         accepted, warnings = check_activation(snapshot, engines, allowed)
         if validate_only:
             return Activation(live.current, warnings)
-        store = self._records.store
-        await self._records.call(store.add_generation, live.tenant, live.experiment, record, accepted)
+
+        def write(store: Store) -> None:
+            # One may have been deleted since.
+            _check_packs(store, live.tenant, binding)
+            store.add_generation(live.tenant, live.experiment, record, accepted)
+
+        await self._records.call(write, self._records.store)
         await self._followers.follow(ExperimentRow(live.tenant, live.experiment, live.create_time_ns, record))
         for engine in engines:
             engine.accepted_digest = accepted[engine.identity.engine_id]
@@ -494,14 +507,14 @@ class Experiments:
 
     async def _open(self, tenant: str, experiment: str, record: GenerationRow) -> Snapshot:
         """The snapshot of a generation that is current already, with what can be had of its packs."""
-        await self._check_packs(tenant, record.binding)
+        await self._records.call(_check_packs, self._records.store, tenant, record.binding)
         loaded, missing = await self._supply.load_all(record.binding.digests())
         name = names.experiment_name(tenant, experiment)
         why = {digest: error.message for digest, error in missing.items()}
         return Snapshot(name, record.generation, record.binding, loaded, why)
 
     async def _load_packs(self, tenant: str, binding: Binding) -> dict[str, LoadedPack]:
-        await self._check_packs(tenant, binding)
+        await self._records.call(_check_packs, self._records.store, tenant, binding)
         loaded = {digest: await self.load_pack(digest) for digest in binding.digests()}
         for digest, pack in loaded.items():
             stages = pack.manifest.parallel.pipeline
@@ -513,13 +526,20 @@ class Experiments:
         await self._followers.prepare(binding.digests())
         return loaded
 
-    async def _check_packs(self, tenant: str, binding: Binding) -> None:
-        for digest in binding.digests():
-            if await self._records.call(self._records.store.pack, tenant, digest) is None:
-                raise PackNotFound(
-                    f"{names.tenant_name(tenant)} has no pack {digest}; `step-oracle pack list` shows them, "
-                    "`step-oracle pack upload` adds one"
-                )
+
+def _check_packs(store: Store, tenant: str, binding: Binding) -> None:
+    """PackNotFound unless the tenant has every pack. On the store's thread."""
+    for digest in binding.digests():
+        if store.pack(tenant, digest) is None:
+            raise PackNotFound(
+                f"{names.tenant_name(tenant)} has no pack {digest}; `step-oracle pack list` shows them, "
+                "`step-oracle pack upload` adds one"
+            )
+
+
+def deleted(name: str) -> ExperimentNotFound:
+    """The error for an experiment that was here."""
+    return ExperimentNotFound(f"the experiment {name} has been deleted")
 
 
 def not_found(name: str) -> ExperimentNotFound:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ PACKS = "packs"
 COMPILED = "compiled"
 INCOMING = "incoming"
 
+# Packs that stay mapped without an experiment that answers from them.
+RECENT = 4
+
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PACK_BYTES = 512 << 20
 
@@ -41,6 +45,9 @@ class PackFiles:
         self._compiled = state_dir / COMPILED
         self._incoming = state_dir / INCOMING
         self._loaded: weakref.WeakValueDictionary[str, LoadedPack] = weakref.WeakValueDictionary()
+        # The last ones asked for, the newest at the end: going back to one is then no load.
+        self._recent: dict[str, LoadedPack] = {}
+        self._recent_lock = threading.Lock()
 
     def prepare(self, digests: set[str], *, may_lack: bool = False) -> list[str]:
         """Remove what a crash left, compile what is not compiled or of an older layout; the digests compiled anew.
@@ -115,9 +122,20 @@ class PackFiles:
             _sync(self._compiled)
         return report
 
+    def loaded(self, digest: str) -> LoadedPack | None:
+        """The pack where it is mapped and warm already; blocks for nothing."""
+        loaded = self._loaded.get(digest)
+        if loaded is not None:
+            with self._recent_lock:
+                self._recent.pop(digest, None)
+                self._recent[digest] = loaded
+                if len(self._recent) > RECENT:
+                    del self._recent[next(iter(self._recent))]
+        return loaded
+
     def load(self, digest: str) -> LoadedPack:
         """The pack mapped and warm; the same object while anybody holds it."""
-        loaded = self._loaded.get(digest)
+        loaded = self.loaded(digest)
         if loaded is None:
             compiled = packs.load_compiled(self._compiled / folder_of(digest))
             if compiled.digest != digest:
@@ -125,10 +143,13 @@ class PackFiles:
             loaded = LoadedPack(digest, compiled.manifest, packs.open_oracle(compiled))
             loaded.oracle.warm()
             self._loaded[digest] = loaded
+            self.loaded(digest)
         return loaded
 
     def remove(self, digest: str) -> None:
         """Free the disk; a snapshot that has it mapped goes on answering."""
+        with self._recent_lock:
+            self._recent.pop(digest, None)
         with disk_failures():
             _remove(self.place(digest))
             _remove(self._compiled / folder_of(digest))

@@ -33,8 +33,11 @@ class PackSupply:
 
     async def load(self, digest: str) -> LoadedPack:
         """The pack mapped and warm; PackRegistryUnavailable, StoreFailed where it is not here and cannot be brought."""
-        await self.bring(digest)
-        return await asyncio.to_thread(self.files.load, digest)
+        loaded = self.files.loaded(digest)
+        if loaded is None:
+            await self.bring(digest)
+            loaded = await asyncio.to_thread(self.files.load, digest)
+        return loaded
 
     async def load_all(self, digests: Iterable[str]) -> tuple[dict[str, LoadedPack], dict[str, OracleError]]:
         """(those that are here or come within WAIT_SECONDS, why the others are not here)."""

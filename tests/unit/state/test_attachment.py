@@ -8,7 +8,7 @@ from typing import Protocol
 
 import pytest
 
-from oracle_server.errors import EngineIdTaken, EngineMismatch, OracleError, QuotaExceeded
+from oracle_server.errors import EngineIdTaken, EngineMismatch, ExperimentNotFound, OracleError, QuotaExceeded
 from oracle_server.pack import Device, EngineFacts
 from oracle_server.state.binding import Binding
 from oracle_server.state.engines import ATTACH_SECONDS, LINGER_SECONDS
@@ -42,6 +42,18 @@ async def attach(node: Node, engine: EngineIdentity = ENGINE, **facts: int) -> i
     return attached.incarnation
 
 
+def open_during(change: str, node: Node, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine comes back while the store's thread makes this change."""
+    loop, make = asyncio.get_running_loop(), getattr(node._records.store, change)
+
+    def meanwhile(*arguments: object) -> object:
+        opening = node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), stream)
+        asyncio.run_coroutine_threadsafe(opening, loop).result(10)
+        return make(*arguments)
+
+    monkeypatch.setattr(node._records.store, change, meanwhile)
+
+
 async def test_an_id_is_held_for_thirty_seconds_without_a_stream(node: Node, digest: str, clock: Moves) -> None:
     assert await attach(node) == 1
     clock.seconds += ATTACH_SECONDS - 0.1
@@ -53,8 +65,10 @@ async def test_an_id_is_held_for_thirty_seconds_without_a_stream(node: Node, dig
 
 async def test_an_engine_that_hangs_up_while_its_stream_opens_leaves_its_id_free(node: Node, digest: str) -> None:
     await attach(node)
+    # Something is to be checked: it waits for its turn.
+    facts = EngineFacts(max_num_seqs=7)
     async with node._records.changing:
-        opening = asyncio.create_task(node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), Stream()))
+        opening = asyncio.create_task(node.attachments.open_stream(ENGINE, facts, 1, frozenset(), Stream()))
         await asyncio.sleep(0)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -93,6 +107,71 @@ async def test_the_end_of_a_replaced_stream_does_not_free_the_id(node: Node, dig
     assert len(old.ended) == 1
     await node.attachments.close_stream(record, old, by_engine=False)
     assert record.stream is new
+
+
+async def test_an_engine_that_comes_back_as_it_was_waits_for_no_change_and_no_database(
+    node: Node, digest: str, clock: Moves
+) -> None:
+    stream = Stream()
+    await attach(node)
+    async with node._records.changing:
+        live, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), stream)
+        assert (record.stream, record.facts.num_kv_blocks) == (stream, 10000)
+        await node.attachments.close_stream(record, stream, by_engine=False)
+        clock.seconds += ATTACH_SECONDS - 1
+        for at, facts, incarnation, allowed in (
+            (0, EngineFacts(max_num_seqs=7), 1, frozenset[str]()),
+            (0, EngineFacts(), 2, frozenset[str]()),
+            (0, EngineFacts(), 1, frozenset({"block_size"})),
+            # Its place may be another's by now.
+            (2, EngineFacts(), 1, frozenset[str]()),
+        ):
+            clock.seconds += at
+            opening = node.attachments.open_stream(ENGINE, facts, incarnation, allowed, Stream())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(opening, 0.05)
+            assert live.engines["a"].stream is None
+
+
+async def test_an_activation_under_way_reaches_an_engine_that_comes_back_meanwhile(
+    node: Node, digest: str, add_pack: AddPack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream()
+    other = await add_pack(20_000_000)
+    await attach(node)
+    open_during("add_generation", node, stream, monkeypatch)
+    binding = Binding(default_pack_digest=other)
+    await node.experiments.activate(NAME, binding, 0, frozenset(), validate_only=False)
+    record = node.experiments.find(NAME).engines["a"]
+    assert (stream.announced, record.stream, record.accepted_digest) == ([2], stream, other)
+
+
+async def test_who_comes_back_while_its_id_is_given_away_is_ended(
+    node: Node, digest: str, clock: Moves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, late = Stream(), Stream()
+    await attach(node)
+    _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), first)
+    await node.attachments.close_stream(record, first, by_engine=False)
+    open_during("attach_engine", node, late, monkeypatch)
+    assert await attach(node) == 2
+    (error,) = late.ended
+    assert isinstance(error, EngineIdTaken)
+    assert "attached again since (incarnation 2, yours is 1)" in str(error)
+    assert node.experiments.find(NAME).engines["a"].stream is None
+
+
+async def test_who_comes_back_while_its_experiment_is_deleted_is_ended(
+    node: Node, digest: str, clock: Moves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, late = Stream(), Stream()
+    await attach(node)
+    _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), first)
+    await node.attachments.close_stream(record, first, by_engine=False)
+    open_during("delete_experiment", node, late, monkeypatch)
+    await node.experiments.delete(NAME)
+    (error,) = late.ended
+    assert isinstance(error, ExperimentNotFound)
 
 
 async def test_engines_that_are_gone_are_forgotten_and_come_back_with_their_counts_before(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,18 @@ import pytest
 
 from builders import build_constant_pack
 from oracle_server import pack as packs
-from oracle_server.errors import OracleError, PackInvalid, PackRegistryUnavailable, QuotaExceeded, StoreFailed
+from oracle_server.errors import (
+    OracleError,
+    PackInvalid,
+    PackNotFound,
+    PackRegistryUnavailable,
+    QuotaExceeded,
+    StoreFailed,
+)
 from oracle_server.state import pack_supply
 from oracle_server.state.binding import Binding
 from oracle_server.state.node import Node
-from oracle_server.state.pack_files import PackFiles, Upload
+from oracle_server.state.pack_files import RECENT, PackFiles, Upload
 from oracle_server.state.pack_supply import PackSupply
 from oracle_server.state.store import TenantRow
 
@@ -258,6 +265,7 @@ async def test_a_start_does_not_wait_for_a_pack_that_does_not_come(
     assert lacking == {here: {}, away: {away: "the registry has not given it in 2 s"}}
     # It is on its way all the same.
     remote.gate.set()
+    monkeypatch.setattr(pack_supply, "WAIT_SECONDS", 60.0)
     await again.experiments.complete()
     assert [live.snapshot.missing for live in again.experiments.all()] == [{}, {}]
     assert remote.calls.count("fetch") == 1
@@ -371,3 +379,55 @@ def test_an_upload_with_names_that_leave_its_folder_makes_no_folder(tmp_path: Pa
         files.begin(manifest)
     assert list(files._incoming.iterdir()) == []
     assert isinstance(files.begin((folder / "manifest.json").read_bytes()), Upload)
+
+
+async def test_the_last_packs_stay_mapped_and_going_back_to_one_loads_nothing(
+    fleet: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [await store(fleet, make(tmp_path, 1_000_000 * (1 + number))[1]) for number in range(RECENT + 1)]
+    name = (await fleet.experiments.create("default", "e", Binding(default_pack_digest=digests[0]))).name
+    mapped: list[str] = []
+    load = packs.load_compiled
+
+    def noted(folder: Path) -> packs.CompiledPack:
+        mapped.append(f"sha256:{folder.name}")
+        return load(folder)
+
+    monkeypatch.setattr(packs, "load_compiled", noted)
+
+    async def activate(digest: str) -> None:
+        binding = Binding(default_pack_digest=digest)
+        await fleet.experiments.activate(name, binding, 0, frozenset(), validate_only=False)
+
+    for digest in digests[1:]:
+        await activate(digest)
+    assert mapped == digests[1:]
+    # The first is the oldest of one too many, so it is loaded anew. The others are still there.
+    for digest in (*digests[2:], digests[0]):
+        await activate(digest)
+    assert mapped == [*digests[1:], digests[0]]
+    # One that is deleted is not kept, nor can anybody go back to it.
+    await fleet.packs.delete("default", digests[2])
+    await until(lambda: list(files_of(fleet)._recent) == [*digests[3:], digests[0]])
+    with pytest.raises(PackNotFound):
+        await activate(digests[2])
+
+
+async def test_a_pack_deleted_while_it_is_activated_leaves_the_generation_as_it_was(
+    fleet: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = [await store(fleet, make(tmp_path, latency_ns)[1]) for latency_ns in (1_000_000, 2_000_000)]
+    live = await fleet.experiments.create("default", "e", Binding(default_pack_digest=one))
+    prepare = fleet.experiments._followers.prepare
+
+    async def delete_first(digests: Sequence[str]) -> None:
+        # After the activation has looked for it, before its turn to be written.
+        await fleet.packs.delete("default", other)
+        await prepare(digests)
+
+    monkeypatch.setattr(fleet.experiments._followers, "prepare", delete_first)
+    binding = Binding(default_pack_digest=other)
+    with pytest.raises(PackNotFound, match="has no pack"):
+        await fleet.experiments.activate(live.name, binding, 0, frozenset(), validate_only=False)
+    assert (live.snapshot.generation, live.current.generation) == (1, 1)
+    assert await fleet.experiments._records.call(fleet._records.store.generation, "default", "e", 2) is None
