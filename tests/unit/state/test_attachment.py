@@ -161,6 +161,19 @@ async def test_who_comes_back_while_its_id_is_given_away_is_ended(
     assert node.experiments.find(NAME).engines["a"].stream is None
 
 
+async def test_the_stream_of_an_engine_that_has_attached_again_at_another_server_is_ended_by_its_successor_s(
+    node: Node, digest: str
+) -> None:
+    old, new = Stream(), Stream()
+    await attach(node)
+    await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), old)
+    # Written there, and not heard of here.
+    assert await node._records.call(node._records.store.attach_engine, "default", "default", "a", digest, "b", b"") == 2
+    live, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 2, frozenset(), new)
+    assert "attached again since (incarnation 2, yours is 1)" in str(old.ended[0])
+    assert (live.engines["a"], record.stream, new.ended) == (record, new, [])
+
+
 async def test_who_comes_back_while_its_experiment_is_deleted_is_ended(
     node: Node, digest: str, clock: Moves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
