@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from builders import build_composed_pack, build_hybrid_pack, build_sampled_pack
+from guarantees.fleet_processes import FleetProcesses
 from guarantees.row import Guarantee, Row, judged
-from guarantees.shim_engines import ShimEngine, ShimFleet
+from guarantees.shim_engines import ShimEngine
 from oracle_calls import Calls
 from oracle_process import OracleProcess
 from oracle_server.rpc.recompute import Report, recompute_from
@@ -31,10 +33,12 @@ class Sizes:
     period_seconds: float
     # The least time from one activation to the next.
     every_seconds: float
+    # That the engines are shared out over.
+    processes: int
 
 
-LONG = Sizes(activations=1000, engines=50, period_seconds=0.05, every_seconds=0.08)
-QUICK = Sizes(activations=60, engines=20, period_seconds=0.05, every_seconds=0.05)
+LONG = Sizes(activations=1000, engines=50, period_seconds=0.05, every_seconds=0.08, processes=5)
+QUICK = Sizes(activations=60, engines=20, period_seconds=0.05, every_seconds=0.05, processes=2)
 
 
 @dataclass(frozen=True)
@@ -77,35 +81,27 @@ def swap(folder: Path, sizes: Sizes, *, arguments: Sequence[str] = ()) -> Swappe
         digests = [calls.upload(pack) for pack in packs]
         calls.create(digests[1], **binding_of(1))
 
-        def engine(number: int) -> ShimEngine:
-            # Every third without leases: all its answers come over the wire.
-            return ShimEngine(
-                server.target,
-                f"vllm-{number}",
-                traces,
-                seed=number,
-                period_seconds=sizes.period_seconds,
-                leases=number % 3 > 0,
-            )
-
-        with ShimFleet(sizes.engines, engine) as fleet:
+        engine = partial(_engine, target=server.target, traces=traces, period_seconds=sizes.period_seconds)
+        with FleetProcesses(sizes.engines, sizes.processes, engine) as fleet:
             fleet.go_on(3)
             for generation in range(2, sizes.activations + 2):
                 begin = time.monotonic()
                 calls.activate(digests[generation % 3], **binding_of(generation))
                 call_ms.append(1e3 * (time.monotonic() - begin))
                 time.sleep(max(0.0, begin + sizes.every_seconds - time.monotonic()))
-                last = _seen_by_all(fleet, generation)
+                last = fleet.saw(generation, begin + _GIVE_UP_SECONDS)
                 never += last is None
                 seen_ms += [] if last is None else [1e3 * (last - begin)]
             fleet.go_on(3)
+            fleet.stop()
+            done = fleet.done
         report = recompute_from(server.state_dir, sorted(traces.iterdir()))
     return Swapped(
         report=report,
-        failures=fleet.failures,
-        went_back=sum(e.went_back for e in fleet.engines),
-        steps=fleet.steps,
-        leased=sum(e.leased for e in fleet.engines),
+        failures=done.failures,
+        went_back=done.went_back,
+        steps=done.steps,
+        leased=done.leased,
         generations=sizes.activations,
         seen_ms=seen_ms,
         never_seen=never,
@@ -113,15 +109,11 @@ def swap(folder: Path, sizes: Sizes, *, arguments: Sequence[str] = ()) -> Swappe
     )
 
 
-def _seen_by_all(fleet: ShimFleet, generation: int) -> float | None:
-    """When the last engine knew of it; None where one does not hear of it."""
-    end = time.monotonic() + _GIVE_UP_SECONDS
-    while time.monotonic() < end and not fleet.failures:
-        seen = [engine.stream.saw(generation) for engine in fleet.engines]
-        if None not in seen:
-            return max(at for at in seen if at is not None)
-        time.sleep(0.005)
-    return None
+def _engine(number: int, *, target: str, traces: Path, period_seconds: float) -> ShimEngine:
+    # Every third without leases: all its answers come over the wire.
+    return ShimEngine(
+        target, f"vllm-{number}", traces, seed=number, period_seconds=period_seconds, leases=number % 3 > 0
+    )
 
 
 def run(folder: Path, sizes: Sizes) -> list[Row]:

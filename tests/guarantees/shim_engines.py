@@ -156,6 +156,10 @@ class ShimFleet:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all engines; what they did stays readable. May be called again."""
         for engine in self.engines:
             engine.stop()
 

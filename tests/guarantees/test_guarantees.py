@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from guarantees import hot_swaps, show, soak
+from guarantees.fleet_processes import FleetProcesses
 from guarantees.kill_nine import Acknowledged
 from guarantees.message_mutations import damaged_bytes, mutate
 from guarantees.row import HELD, MISSED, Guarantee, Row, judged
+from guarantees.shim_engines import ShimEngine
 from oracle_calls import mixed_steps
 from oracle_server.rpc.recompute import read_trace, recompute_from
 from step_oracle.v1 import oracle_service_pb2
@@ -28,7 +32,7 @@ def all_held(rows: list[Row]) -> bool:
 
 def test_swaps_under_load_are_checked_answer_by_answer(tmp_path: Path) -> None:
     """And a single answer that is changed afterwards is found."""
-    sizes = hot_swaps.Sizes(activations=4, engines=3, period_seconds=0.02, every_seconds=0.03)
+    sizes = hot_swaps.Sizes(activations=4, engines=3, period_seconds=0.02, every_seconds=0.03, processes=2)
     found = hot_swaps.swap(tmp_path, sizes)
     assert found.failures == []
     assert (found.report.equal, found.report.different, found.report.skipped) == (found.steps, 0, 0)
@@ -42,6 +46,43 @@ def test_swaps_under_load_are_checked_answer_by_answer(tmp_path: Path) -> None:
     writer.close()
     report = recompute_from(tmp_path / "state", list((tmp_path / "changed").iterdir()))
     assert (report.equal, report.different) == (len(records) - 2, 1)
+
+
+class MadeUpEngine:
+    """One that has done all it does when it is made; the engine of number 2 has failed."""
+
+    # There is no time to wait for one.
+    period_seconds = -1000.0
+
+    def __init__(self, number: int) -> None:
+        self.engine_id, self.leased, self.went_back = f"e{number}", number, number % 2
+        self.steps, self.failure = 10 * number, ValueError("made up") if number == 2 else None
+        self.stream, self._seen = self, 100.0 + number
+
+    def saw(self, generation: int) -> float | None:
+        return self._seen if generation < 5 else None
+
+    def start(self) -> None:
+        """Runs already."""
+
+    def stop(self) -> None:
+        self.steps += 1
+
+
+def test_a_fleet_of_processes_tells_what_all_its_engines_do() -> None:
+    make: Callable[..., ShimEngine] = MadeUpEngine  # type: ignore[assignment]
+    with FleetProcesses(4, 2, make) as fleet:
+        assert fleet.saw(4, time.monotonic() + 1) == 103.0
+        # The processes of one that failed and of one that is late.
+        assert fleet.saw(5, time.monotonic()) is None
+        # Those of the other process take no steps.
+        with pytest.raises(AssertionError, match="do not go on"):
+            fleet.go_on(1)
+        fleet.stop()
+        done = fleet.done
+    assert (done.steps, done.leased, done.went_back) == (64, 6, 2)
+    assert done.failures == ["e2: ValueError('made up')"]
+    assert all(not process.is_alive() for process in fleet._processes)
 
 
 def test_what_was_acknowledged_or_was_under_way_is_allowed_and_nothing_else() -> None:
