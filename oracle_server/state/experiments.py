@@ -529,12 +529,11 @@ class Experiments:
 
 def _check_packs(store: Store, tenant: str, binding: Binding) -> None:
     """PackNotFound unless the tenant has every pack. On the store's thread."""
-    for digest in binding.digests():
-        if store.pack(tenant, digest) is None:
-            raise PackNotFound(
-                f"{names.tenant_name(tenant)} has no pack {digest}; `step-oracle pack list` shows them, "
-                "`step-oracle pack upload` adds one"
-            )
+    if lacking := store.lacking(tenant, binding.digests()):
+        raise PackNotFound(
+            f"{names.tenant_name(tenant)} has no pack {lacking[0]}; `step-oracle pack list` shows them, `step-oracle "
+            "pack upload` adds one"
+        )
 
 
 def deleted(name: str) -> ExperimentNotFound:

@@ -24,6 +24,8 @@ _GENERATIONS = (
 _QUOTA = ("max_engines", "max_steps_per_second", "max_packs", "max_pack_bytes", "max_streams", "over_rate")
 _TENANTS = f"SELECT tenant, {', '.join(_QUOTA)} FROM tenant"  # noqa: S608 - names
 _TOKENS = "SELECT tenant, number, scope, secret_sha256, comment, create_time_ns, revoke_time_ns FROM token"
+# Of what a query is asked for by name.
+_AT_ONCE = 500
 _PACKS = "SELECT tenant, digest, manifest, size_bytes, create_time_ns FROM pack"
 _EXPERIMENTS = (
     "SELECT e.tenant, e.experiment, e.create_time_ns, g.generation, g.binding, g.create_time_ns, g.reason, "
@@ -304,6 +306,16 @@ class Store:
         """One pack of a tenant."""
         rows = self._db.rows(f"{_PACKS} WHERE tenant = ? AND digest = ?", (tenant, digest))
         return PackRow(*rows[0]) if rows else None
+
+    def lacking(self, tenant: str, digests: Sequence[str]) -> list[str]:
+        """Those that the tenant has no pack of."""
+        found: set[str] = set()
+        for begin in range(0, len(digests), _AT_ONCE):
+            part = digests[begin : begin + _AT_ONCE]
+            marks = ", ".join("?" * len(part))
+            query = f"SELECT digest FROM pack WHERE tenant = ? AND digest IN ({marks})"  # noqa: S608 - marks alone
+            found.update(row[0] for row in self._db.rows(query, (tenant, *part)))
+        return [digest for digest in digests if digest not in found]
 
     def pack_totals(self, tenant: str) -> tuple[int, int]:
         """Number and bytes of a tenant's packs."""

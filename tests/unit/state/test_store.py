@@ -71,6 +71,17 @@ def test_what_was_written_is_there_after_reopening(store: Store, open_store: Ope
     assert again.generation("default", "e", 1) == GenerationRow(1, BINDING, 6, "create")
 
 
+def test_packs_that_a_tenant_lacks_are_named_in_their_order(store: Store) -> None:
+    store.write_tenant(TenantRow("acme"))
+    digests = [f"sha256:{number}" for number in range(1200)]
+    for digest in (digests[0], digests[499], digests[500], digests[1199]):
+        store.add_pack(PackRow("default", digest, b"{}", 1, 1))
+    store.add_pack(PackRow("acme", digests[7], b"{}", 1, 1))
+    here = {0, 499, 500, 1199}
+    assert store.lacking("default", digests) == [each for number, each in enumerate(digests) if number not in here]
+    assert store.lacking("default", [digests[500]]) == store.lacking("default", []) == []
+
+
 def test_a_write_that_fails_half_way_changes_nothing(store: Store) -> None:
     store.create_experiment("default", "e", BINDING, 1)
     store.attach_engine("default", "e", "x", "sha256:a")
