@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
 
 from builders import build_composed_pack
 from fleet_servers import FleetServers
+from guarantees.fleet_processes import Done, FleetProcesses
 from guarantees.row import Guarantee, Row, judged
-from guarantees.shim_engines import ShimEngine, ShimFleet
+from guarantees.shim_engines import ShimEngine
 from oracle_calls import EXPERIMENT, TIMEOUT, Calls, reason_of
 from oracle_server.rpc.recompute import Report, recompute_from
 from postgres_server import PostgresServer
 from step_oracle.v1.experiment_pb2 import GetExperimentRequest
 
 LIMIT_MS = 100.0
+# That the engines are shared out over.
+PROCESSES = 2
 REFUSED = ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
 
 
@@ -46,17 +50,8 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
             digests = [first.upload(folder / name) for name in ("pack", "other")]
             first.create(digests[0])
 
-            def engine(number: int) -> ShimEngine:
-                return ShimEngine(
-                    servers.targets[number % 2],
-                    f"vllm-{number}",
-                    traces,
-                    seed=number,
-                    period_seconds=sizes.period_seconds,
-                    leases=number % 4 < 2,
-                )
-
-            with ShimFleet(sizes.engines, engine) as fleet:
+            engine = partial(_engine, targets=servers.targets, traces=traces, period_seconds=sizes.period_seconds)
+            with FleetProcesses(sizes.engines, PROCESSES, engine) as fleet:
                 fleet.go_on(5)
                 began = []
                 for number in range(sizes.activations):
@@ -72,12 +67,21 @@ def run(folder: Path, sizes: Sizes) -> list[Row]:
                     )
                 ]
                 serving = all(process.is_serving() for process in servers.processes)
+                fleet.stop()
+                done = fleet.done
         report = recompute_from(folder / "fleet" / "a", sorted(traces.iterdir()), servers.database)
-    return [_activations(seen_ms, missing, sizes), *rows, _answers(fleet, report, serving=serving)]
+    return [_activations(seen_ms, missing, sizes), *rows, _answers(done, report, serving=serving)]
+
+
+def _engine(number: int, *, targets: Sequence[str], traces: Path, period_seconds: float) -> ShimEngine:
+    target = targets[number % len(targets)]
+    return ShimEngine(
+        target, f"vllm-{number}", traces, seed=number, period_seconds=period_seconds, leases=number % 4 < 2
+    )
 
 
 def _without(
-    fleet: ShimFleet,
+    fleet: FleetProcesses,
     both: tuple[Calls, Calls],
     digest: str,
     sizes: Sizes,
@@ -86,7 +90,7 @@ def _without(
     start: Callable[[], object],
 ) -> Row:
     """Steps while the database does not answer, changes that are refused, and how soon all is well again."""
-    before = fleet.steps
+    before = fleet.done.steps
     wrong: list[str] = []
     refused = 0
     longest = 0.0
@@ -105,18 +109,19 @@ def _without(
             fleet.go_on(2)
     finally:
         start()
-    steps = fleet.steps - before
+    steps = fleet.done.steps - before
     begin = time.monotonic()
     for calls in both:
         while _activate(calls, digest) is not None and time.monotonic() < begin + TIMEOUT:
             time.sleep(0.02)
     back = time.monotonic() - begin
     fleet.go_on(5)
-    wrong += fleet.failures
+    failures = fleet.done.failures
+    wrong += failures
     return judged(
         "attached engines step on without PostgreSQL, changes are refused with a reason",
-        f"{how} for {sizes.down_seconds:g} s, {len(fleet.engines)} shim clients at two servers",
-        f"{steps:,} steps, {len(fleet.failures)} failed; {refused} changes refused, the slowest in {longest:.1f} s; "
+        f"{how} for {sizes.down_seconds:g} s, {sizes.engines} shim clients at two servers",
+        f"{steps:,} steps, {len(failures)} failed; {refused} changes refused, the slowest in {longest:.1f} s; "
         f"changes are made again after {back:.1f} s" + (f"; {'; '.join(wrong[:2])}" if wrong else ""),
         "0 failed",
         holds=not wrong and steps > 0 and back < TIMEOUT,
@@ -132,16 +137,11 @@ def _activate(calls: Calls, digest: str) -> tuple[str, str] | None:
     return None
 
 
-def _seen(fleet: ShimFleet, began: list[tuple[int, float]]) -> tuple[list[float], int]:
+def _seen(fleet: FleetProcesses, began: list[tuple[int, float]]) -> tuple[list[float], int]:
     """(ms from the call to the last engine that knew of each generation, how many some engine never knew of)."""
-    took, missing = [], 0
-    for generation, begin in began:
-        seen = [engine.stream.saw(generation) for engine in fleet.engines]
-        if None in seen:
-            missing += 1
-        else:
-            took.append(1000 * (max(at for at in seen if at is not None) - begin))
-    return sorted(took), missing
+    until = time.monotonic()
+    seen = [(begin, fleet.saw(generation, until)) for generation, begin in began]
+    return sorted(1000 * (at - begin) for begin, at in seen if at is not None), sum(at is None for _, at in seen)
 
 
 def _activations(seen_ms: list[float], missing: int, sizes: Sizes) -> Row:
@@ -155,15 +155,14 @@ def _activations(seen_ms: list[float], missing: int, sizes: Sizes) -> Row:
     )
 
 
-def _answers(fleet: ShimFleet, report: Report, *, serving: bool) -> Row:
-    went_back = sum(engine.went_back for engine in fleet.engines)
+def _answers(done: Done, report: Report, *, serving: bool) -> Row:
     return judged(
         "what two servers answered over all that recomputes, no generation goes back",
         "the same",
-        f"{report.equal:,} of {fleet.steps:,} answers equal, {report.different} different, {went_back} went back"
+        f"{report.equal:,} of {done.steps:,} answers equal, {report.different} different, {done.went_back} went back"
         + ("" if serving else "; a server is not SERVING"),
         "0",
-        holds=not report.different and report.equal == fleet.steps and not went_back and serving,
+        holds=not report.different and report.equal == done.steps and not done.went_back and serving,
     )
 
 

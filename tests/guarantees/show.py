@@ -33,13 +33,13 @@ NAMES = (
     "restarts",
     "rotation",
     "registry_stopped",
+    "database_stopped",
     "soak",
     "mutations",
     "experimentation",
     "kill_nine",
-    "database_stopped",
 )
-# Goes on while those after it are shown: it takes long, needs little and asserts no time.
+# Goes on while those after it are shown, which assert no times but one: it takes long, and needs little.
 BESIDE = "soak"
 
 
