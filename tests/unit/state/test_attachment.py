@@ -42,6 +42,14 @@ async def attach(node: Node, engine: EngineIdentity = ENGINE, **facts: int) -> i
     return attached.incarnation
 
 
+async def lose_stream(node: Node) -> None:
+    """An engine attaches, opens its stream and loses it."""
+    stream = Stream()
+    await attach(node)
+    _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), stream)
+    await node.attachments.close_stream(record, stream, by_engine=False)
+
+
 def open_during(change: str, node: Node, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine comes back while the store's thread makes this change."""
     loop, make = asyncio.get_running_loop(), getattr(node._records.store, change)
@@ -147,12 +155,10 @@ async def test_an_activation_under_way_reaches_an_engine_that_comes_back_meanwhi
 
 
 async def test_who_comes_back_while_its_id_is_given_away_is_ended(
-    node: Node, digest: str, clock: Moves, monkeypatch: pytest.MonkeyPatch
+    node: Node, digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, late = Stream(), Stream()
-    await attach(node)
-    _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), first)
-    await node.attachments.close_stream(record, first, by_engine=False)
+    late = Stream()
+    await lose_stream(node)
     open_during("attach_engine", node, late, monkeypatch)
     assert await attach(node) == 2
     (error,) = late.ended
@@ -175,12 +181,10 @@ async def test_the_stream_of_an_engine_that_has_attached_again_at_another_server
 
 
 async def test_who_comes_back_while_its_experiment_is_deleted_is_ended(
-    node: Node, digest: str, clock: Moves, monkeypatch: pytest.MonkeyPatch
+    node: Node, digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, late = Stream(), Stream()
-    await attach(node)
-    _, record = await node.attachments.open_stream(ENGINE, EngineFacts(), 1, frozenset(), first)
-    await node.attachments.close_stream(record, first, by_engine=False)
+    late = Stream()
+    await lose_stream(node)
     open_during("delete_experiment", node, late, monkeypatch)
     await node.experiments.delete(NAME)
     (error,) = late.ended
