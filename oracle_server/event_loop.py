@@ -28,8 +28,8 @@ PERIOD_SECONDS = 0.002
 REST_SECONDS = 0.1
 # Share of a core above which messages gather, and below which they do not any more (gathering lowers it), of stretches
 # of so many seconds.
-BUSY_SHARE = 0.5
-CALM_SHARE = 0.25
+BUSY_SHARE = 0.7
+CALM_SHARE = 0.35
 LOOK_SECONDS = 0.1
 # What waits have to bring together on average: more than the events of two engines that wait for their answers.
 ENOUGH_EVENTS = 5

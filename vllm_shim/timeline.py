@@ -67,14 +67,15 @@ class Clock:
         return time.monotonic_ns()
 
     def wait_until(self, deadline_ns: int) -> None:
-        """Returns at or just after the deadline; at once if it has passed."""
-        spin_ns, now = self._spin_ns, time.monotonic_ns
-        while True:
-            left = deadline_ns - now()
-            if left <= 0:
-                return
-            if left > spin_ns:
-                time.sleep((left - spin_ns) * 1e-9)
+        """Returns at or just after the deadline; at once if it has passed.
+
+        A wait lets the engine's other threads in once, however short it is, as waiting for a device does.
+        """
+        spin_ns, now, has_slept = self._spin_ns, time.monotonic_ns, False
+        while (left := deadline_ns - now()) > 0:
+            if left > spin_ns or not has_slept:
+                time.sleep(max(0, left - spin_ns) * 1e-9)
+                has_slept = True
 
 
 class DeadlineFuture(Future[Any]):

@@ -1,5 +1,6 @@
 """One stream, over a real channel: order, resends, budget, refusal."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -201,6 +202,45 @@ def test_counts_arrive_with_the_last_message() -> None:
     assert (counts.steps, counts.late_answers, counts.late_answer_ns) == (2, 1, 1_000)
     assert list(counts.lateness_buckets)[:5] == [0, 1, 0, 1, 0]
     assert counts.lateness_sum_ns == 85_000
+
+
+USUAL_INTERVAL = 0.005
+
+
+def test_threads_take_turns_faster_only_while_an_answer_is_awaited() -> None:
+    """Else vLLM's own threads come before the next step: 2 ms a step on a slow core."""
+    release = threading.Event()
+
+    def hold(message: pb.StreamStepsRequest, _: Any) -> None:
+        release.wait(10)
+
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
+        first = stream.submit(step(0))
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        stream.wait(first)
+        oracle.before_answer = hold
+        later = stream.submit(prefill(1))
+        stream.count_step(0, 0, first.reply)
+        # The step after the one that is resolved is under way still.
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        release.set()
+        stream.wait(later)
+        stream.count_step(0, 0, later.reply)
+        assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
+        leased = decode(stream, 2)
+        assert leased.is_answered()
+        assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
+
+
+def test_an_engine_that_spins_lets_its_threads_in_all_the_time() -> None:
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target, WAIT="spin") as stream:
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        asked = stream.submit(step(0))
+        stream.wait(asked)
+        stream.count_step(0, 0, asked.reply)
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
+    assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
 
 
 def granting(generation: int, latency_ns: int) -> Any:

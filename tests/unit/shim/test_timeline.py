@@ -108,6 +108,15 @@ def test_a_deadline_in_the_past_does_not_wait(mode: str, monkeypatch: pytest.Mon
     clock.wait_until(clock.now_ns() - 1)
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "spin"])
+def test_a_wait_too_short_to_sleep_lets_other_threads_in_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("vllm_shim.timeline.time.sleep", slept.append)
+    clock = Clock(mode)
+    clock.wait_until(clock.now_ns() + 150_000)
+    assert slept == [0.0]
+
+
 def test_a_future_can_be_printed_in_an_error_report() -> None:
     future = DeadlineFuture(lambda: False, lambda: "tokens")
     assert repr(future) == "<DeadlineFuture pending>"
