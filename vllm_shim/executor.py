@@ -102,7 +102,9 @@ class StepOracleExecutor(Executor):
         # Lateness of a 10 ms sleep: 85-98 us with the default timer slack of 50 us, 36-47 us with 1 ns (measured). This
         # is of the calling thread, the engine's.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-        return OracleStream(self._config, self._replicas, opening)
+        # A message passes three threads. At CPython's 5 ms its answer becomes visible only after the engine thread
+        # blocks; at 0.02 ms they get in each other's way.
+        return OracleStream(self._config, self._replicas, opening, hurried_seconds=0.0001)
 
     def _attach(self) -> pb.AttachEngineResponse:
         request = pb.AttachEngineRequest(

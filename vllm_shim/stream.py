@@ -56,9 +56,8 @@ _RETRIED = {
 # What each failure beyond the first at every replica adds to the pause before the next try, and the longest pause.
 _BACKOFF_SECONDS = (0.05, 0.5)
 _COUNTS_EVERY_SECONDS = 1.0
-# How long a thread waits for Python; while a message is under way, which passes three of them, less. At CPython's 5 ms
-# its answer becomes visible only after the engine thread blocks; at 0.02 ms they get in each other's way.
-_USUAL_INTERVAL_SECONDS, _HURRIED_INTERVAL_SECONDS = sys.getswitchinterval(), 0.0001
+# How long a thread of this process waits for Python.
+_USUAL_SECONDS = sys.getswitchinterval()
 _BUCKET_BOUNDS_NS = tuple(1000 * us for us in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000))
 
 
@@ -127,7 +126,15 @@ class OracleStream:
     engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
-    def __init__(self, config: ShimConfig, replicas: deque[Replica], opening: pb.StreamOpen) -> None:
+    def __init__(
+        self,
+        config: ShimConfig,
+        replicas: deque[Replica],
+        opening: pb.StreamOpen,
+        *,
+        hurried_seconds: float = _USUAL_SECONDS,
+    ) -> None:
+        """`hurried_seconds`: the process's switch interval while an answer is awaited; for the only engine in it."""
         self._config = config
         self._replicas = replicas
         self._opening = opening
@@ -143,7 +150,7 @@ class OracleStream:
         # When the first message went out since the oracle was last heard; 0: none has. It answers every message.
         self._unheard_since_ns = 0
         self._counts = _fresh_counts()
-        self._spins = config.wait == "spin"
+        self._spins, self._hurried_seconds = config.wait == "spin", hurried_seconds
         # One that spins through its steps lets nobody in by itself.
         self._hurry(self._spins)
         self._reader = threading.Thread(target=self._read, name="step-oracle-reader", daemon=True)
@@ -235,7 +242,7 @@ class OracleStream:
         before the next step, 2 ms a step on a slow core (measured).
         """
         self._is_hurried = is_hurried
-        sys.setswitchinterval(_HURRIED_INTERVAL_SECONDS if is_hurried else _USUAL_INTERVAL_SECONDS)
+        sys.setswitchinterval(self._hurried_seconds if is_hurried else _USUAL_SECONDS)
 
     def wait(self, step: PendingStep) -> Reply:
         """Engine thread: the reply, or OracleLost once the budget is spent. Under `hold` it waits without limit."""

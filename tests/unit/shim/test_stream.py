@@ -20,6 +20,8 @@ from vllm_shim.step_shape import DecodeStep
 from vllm_shim.stream import OracleStream, PendingStep, call_unary, replicas_of
 
 LATENCY_NS = 5_000_000
+# CPython's, and the shim's in a hurry.
+USUAL_INTERVAL, HURRIED_INTERVAL = 0.005, 0.0001
 
 
 def config(target: str, **changes: str) -> ShimConfig:
@@ -28,10 +30,10 @@ def config(target: str, **changes: str) -> ShimConfig:
 
 
 @contextmanager
-def stream_to(target: str, **changes: str) -> Iterator[OracleStream]:
+def stream_to(target: str, hurried_seconds: float = USUAL_INTERVAL, /, **changes: str) -> Iterator[OracleStream]:
     settings = config(target, **changes)
     opening = pb.StreamOpen(engine=pb.EngineIdentity(engine_id="engine-0"), incarnation=7)
-    stream = OracleStream(settings, replicas_of(settings), opening)
+    stream = OracleStream(settings, replicas_of(settings), opening, hurried_seconds=hurried_seconds)
     try:
         yield stream
     finally:
@@ -204,9 +206,6 @@ def test_counts_arrive_with_the_last_message() -> None:
     assert counts.lateness_sum_ns == 85_000
 
 
-USUAL_INTERVAL = 0.005
-
-
 def test_threads_take_turns_faster_only_while_an_answer_is_awaited() -> None:
     """Else vLLM's own threads come before the next step: 2 ms a step on a slow core."""
     release = threading.Event()
@@ -214,16 +213,16 @@ def test_threads_take_turns_faster_only_while_an_answer_is_awaited() -> None:
     def hold(message: pb.StreamStepsRequest, _: Any) -> None:
         release.wait(10)
 
-    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+    with ScriptedOracle(granting(1, LATENCY_NS)) as oracle, stream_to(oracle.target, HURRIED_INTERVAL) as stream:
         assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
         first = stream.submit(step(0))
-        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        assert sys.getswitchinterval() == pytest.approx(HURRIED_INTERVAL)
         stream.wait(first)
         oracle.before_answer = hold
         later = stream.submit(prefill(1))
         stream.count_step(0, 0, first.reply)
         # The step after the one that is resolved is under way still.
-        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        assert sys.getswitchinterval() == pytest.approx(HURRIED_INTERVAL)
         release.set()
         stream.wait(later)
         stream.count_step(0, 0, later.reply)
@@ -233,13 +232,28 @@ def test_threads_take_turns_faster_only_while_an_answer_is_awaited() -> None:
         assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
 
 
+def test_several_streams_of_a_process_leave_it_as_it_is() -> None:
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle:
+        settings = config(oracle.target)
+        stream = OracleStream(settings, replicas_of(settings), pb.StreamOpen())
+        try:
+            asked = stream.submit(step(0))
+            assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
+            stream.wait(asked)
+        finally:
+            stream.close()
+
+
 def test_an_engine_that_spins_lets_its_threads_in_all_the_time() -> None:
-    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target, WAIT="spin") as stream:
-        assert sys.getswitchinterval() == pytest.approx(0.0001)
+    with (
+        ScriptedOracle(constant(LATENCY_NS)) as oracle,
+        stream_to(oracle.target, HURRIED_INTERVAL, WAIT="spin") as stream,
+    ):
+        assert sys.getswitchinterval() == pytest.approx(HURRIED_INTERVAL)
         asked = stream.submit(step(0))
         stream.wait(asked)
         stream.count_step(0, 0, asked.reply)
-        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        assert sys.getswitchinterval() == pytest.approx(HURRIED_INTERVAL)
     assert sys.getswitchinterval() == pytest.approx(USUAL_INTERVAL)
 
 
