@@ -121,9 +121,9 @@ class PendingStep:
 class OracleStream:
     """Owns the stream and the reader thread of one engine core, and its replicas.
 
-    Owner of each mutable part: `_pending`, `_outbox` and `_counts` under `_lock`; `_leases` the engine thread;
-    `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may run on the
-    engine thread: whatever it overwrites of the reader's, nothing is answered any more.
+    Owner of each mutable part: `_pending`, `_outbox`, `_counts` and `_is_hurried` under `_lock`; `_leases` the engine
+    thread; `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may
+    run on the engine thread: whatever it overwrites of the reader's, nothing is answered any more.
     """
 
     def __init__(

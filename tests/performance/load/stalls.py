@@ -39,8 +39,9 @@ class MachineStalls:
 
     def __enter__(self) -> MachineStalls:
         for core in self._cores:
+            told = map(str, (core, _PRIORITY, _PERIOD_NS, _LATE_NS))
             watcher = subprocess.Popen(
-                [sys.executable, "-P", Path(__file__).with_name("stall_watcher.py"), *map(str, self._arguments(core))],
+                [sys.executable, "-P", Path(__file__).with_name("stall_watcher.py"), *told],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -63,7 +64,3 @@ class MachineStalls:
         for begin, end in self.intervals.tolist():
             met |= (due < end + _AFTER_NS) & (done > begin)
         return met
-
-    @staticmethod
-    def _arguments(core: int) -> tuple[int, ...]:
-        return core, _PRIORITY, _PERIOD_NS, _LATE_NS
