@@ -1,8 +1,10 @@
 """What `make closed-loop` runs: a real vLLM on this machine's CPU, captured, rebuilt as a pack, and set beside itself.
 
+Or one on a GPU: --vllm names its environment.
+
 Each repeat captures a part of the plan on an engine of its own, builds a pack of all parts so far and activates it on
 the emulated engine; then the real engine and the emulated one serve the same workloads in turn. Engines that do not
-serve are stopped meanwhile, and one core belongs to the model alone. With several lengths of plan there
+serve are stopped meanwhile, and on a CPU one core belongs to the model alone. With several lengths of plan there
 is a pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
 """
 
@@ -13,10 +15,11 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +32,18 @@ from deploy.closed_loop.comparison import (
     print_comparisons,
     write_deltas,
 )
-from deploy.closed_loop.cores import leave_core_to_the_model, on_other_cores
-from deploy.closed_loop.plans import KEEP, LIMITS, Planner, PlanPack, cpu_variables, print_errors_by_plan
+from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
+from deploy.closed_loop.plans import KEEP, Planner, PlanPack, print_errors_by_plan
 from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, measured_capacity, run_bench
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
-from environments import VllmEnvironment, cpu_vllm_environment, shim_site
-from model_dir import write_model_dir
+from environments import shim_site
 from oracle_process import OracleProcess
 
 SEED = 20260921
-# The emulated engine is told what the CPU platform decides for itself: no asynchronous scheduling.
-EMULATED: Sequence[str] = ("--no-async-scheduling",)
 REAL = "real"
-# Small enough that a slow core serves a request or two a second; the vocabulary is the tokenizer's with room.
-MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,10 @@ class Options:
     csv: Path | None
     keep: Path | None
     check: bool
+    # Of a vLLM with a device of its own; None: one for the CPU, made here.
+    vllm: Path | None
+    model: str
+    serve: Sequence[str]
 
 
 def main() -> int:
@@ -96,20 +98,19 @@ def main() -> int:
 
 def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanPack], list[Comparison]]:
     """One loop from nothing to the figures; whatever it starts has ended when it returns or raises."""
-    progress.say("1/4 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
-    vllm, site = cpu_vllm_environment(), shim_site(folder / "site")
-    model = write_model_dir(folder / "tiny", "qwen3-tiny", **(STEADY_MODEL if options.steady else MODEL))
+    machine, model = _machine(options, folder, progress)
+    site = shim_site(folder / "site")
     worker: Sequence[str] = ()
     if options.steady:
         install_steady_device(site)
         worker = ("--worker-cls", STEADY_WORKER)
     told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
     progress.say(f"2/4 capture: a real engine and the first of {options.repeats} parts of a plan of {told} minutes")
-    planner = Planner(vllm, model, site, folder, options.repeats, options.kind, progress, worker)
+    planner = Planner(machine, model, site, folder, options.repeats, options.kind, progress, worker)
     packs = [planner.next_pack(minutes, None) for minutes in options.minutes]
     progress.say("3/4 the oracle server, the real engine and the emulated one")
     with contextlib.ExitStack() as running:
-        with on_other_cores():
+        with machine.beside_the_model():
             server = running.enter_context(OracleProcess(folder / "state"))
         at = ("--target", server.target)
         for plan in packs:
@@ -117,17 +118,23 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
         step_oracle(
             *("experiment", "create", "default", "--pack", str(packs[0].pack), "--seed", "1", *at), next_step=KEEP
         )
-        real = running.enter_context(_engine(vllm, model, site, folder / "real.log", None, worker))
-        emulated = running.enter_context(_engine(vllm, model, site, folder / "emulated.log", server.target))
+        real = running.enter_context(_engine(machine, model, site, folder / "real.log", None, worker))
+        emulated = running.enter_context(_engine(machine, model, site, folder / "emulated.log", server.target))
         for name, engine in (("real", real), ("emulated", emulated)):
             try:
                 engine.wait_ready()
             except EngineFailed:
                 raise DemoFailed(f"the {name} engine is not ready:\n{tail(engine.log_path)}", KEEP) from None
-            leave_core_to_the_model(engine.pid)
-        with _stopped([emulated]), on_other_cores():
+            machine.settle(engine.pid)
+        with _stopped([emulated]), machine.beside_the_model():
             capacity = measured_capacity(
-                vllm, real.base_url, model=model, site=site, folder=folder / "runs" / "capacity", seed=SEED
+                machine.vllm,
+                real.base_url,
+                users=machine.users,
+                model=model,
+                site=site,
+                folder=folder / "runs" / "capacity",
+                seed=SEED,
             )
         workloads = [workload.on(capacity) for workload in options.workloads]
         runs = options.repeats * len(workloads) * (1 + len(packs))
@@ -198,9 +205,9 @@ class _Loop:
         engine, other = (self.real, self.emulated) if plan is None else (self.emulated, self.real)
         if plan is not None and len(self.options.minutes) > 1:
             self._activate(plan)
-        with _stopped([other]), on_other_cores():
+        with _stopped([other]), self.planner.machine.beside_the_model():
             return run_bench(
-                self.planner.vllm,
+                self.planner.machine.vllm,
                 workload,
                 engine.base_url,
                 model=self.planner.model,
@@ -224,19 +231,29 @@ def _stopped(engines: Sequence[EngineProcess]) -> Iterator[None]:
             os.killpg(engine.pid, signal.SIGCONT)
 
 
+def _machine(options: Options, folder: Path, progress: Progress) -> tuple[Machine, Path]:
+    """What the engines run on, and their model."""
+    if options.vllm is not None:
+        progress.say(f"1/4 the vLLM in {options.vllm} and the model {options.model} with random weights")
+        return device_machine(options.vllm, options.serve), model_of(folder / "model", options.model)
+    progress.say("1/4 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
+    return cpu_machine(), small_model(folder / "tiny", **(STEADY_MODEL if options.steady else {}))
+
+
 def _engine(
-    vllm: VllmEnvironment, model: Path, site: Path, log_path: Path, target: str | None, more: Sequence[str] = ()
+    machine: Machine, model: Path, site: Path, log_path: Path, target: str | None, more: Sequence[str] = ()
 ) -> EngineProcess:
+    variables: Mapping[str, str] = {"STEP_ORACLE_ENGINE_ID": "emulated"} if target else machine.real_variables
     return EngineProcess(
-        vllm,
+        machine.vllm,
         model,
         target=target,
         site=site,
         log_path=log_path,
-        extra_args=(*LIMITS, *(EMULATED if target else ()), *more),
-        extra_env=cpu_variables() if target is None else {"STEP_ORACLE_ENGINE_ID": "emulated"},
+        extra_args=(*machine.serve, *(machine.emulated_serve if target else ()), *more),
+        extra_env=variables,
         # The client's, as the captured engine's is its plan's: Linux shares a core between sessions first, and an
-        # engine core that spins beside a client of another session gets less of it (profiler/capture/README.md).
+        # engine core that spins beside a client of another session gets less of it (README.md).
         own_session=False,
     )
 
@@ -246,7 +263,8 @@ def _write(options: Options, comparisons: Sequence[Comparison]) -> None:
         write_deltas(options.csv, comparisons)
         print(f"• errors of the means as LLM-Emu tells them: {options.csv}")
     if options.json is not None:
-        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady}
+        vllm = None if options.vllm is None else {"model": options.model, "serve": list(options.serve)}
+        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady, "device": vllm}
         document = {**described, "comparisons": as_json(comparisons)}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"• every run: {options.json}")
@@ -265,7 +283,7 @@ def _working_folder(keep: Path | None) -> Iterator[Path]:
 def _options() -> Options:
     parser = argparse.ArgumentParser(
         prog="make closed-loop ARGS='...'",
-        description="Capture a real vLLM on the CPU, build a pack, and set the emulated engine beside the real one.",
+        description="Capture a real vLLM, build a pack, and set the emulated engine beside the real one.",
     )
     parser.add_argument("--quick", action="store_true", help="two workloads, two repeats, seconds: shows that it works")
     parser.add_argument("--repeats", type=int, default=0, metavar="N", help="runs of each workload on each side (3)")
@@ -283,6 +301,16 @@ def _options() -> Options:
         action="store_true",
         help="the real engine's device holds to a law instead of the machine's speed: the error left is ours",
     )
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        metavar="VENV",
+        help="virtual environment of a vLLM for a GPU, which the real engine is then on; without it one for the CPU",
+    )
+    parser.add_argument("--model", metavar="DIR", help="with --vllm: config.json and tokenizer, or a name (qwen3-8b)")
+    parser.add_argument(
+        "--serve", type=shlex.split, metavar="FLAGS", help="with --vllm: for each engine, '--tensor-parallel-size 2'"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write per_rate_deltas.csv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs, capture, pack and runs in this new folder")
@@ -290,6 +318,10 @@ def _options() -> Options:
     given = parser.parse_args()
     if given.keep is not None and given.keep.exists():
         parser.error(f"--keep {given.keep}: it exists; name a new folder")
+    if given.vllm is None and (given.model or given.serve):
+        parser.error("--model and --serve go with --vllm: the loop on the CPU has a model and flags of its own")
+    if given.vllm is not None and given.steady:
+        parser.error("--steady is a device of the CPU's vLLM; it does not go with --vllm")
     for path in (given.csv, given.json):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: its folder does not exist; make it first")
@@ -305,6 +337,9 @@ def _options() -> Options:
         csv=given.csv,
         keep=given.keep,
         check=given.check,
+        vllm=given.vllm,
+        model=given.model or "qwen3-8b",
+        serve=given.serve or (),
     )
 
 

@@ -18,18 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.closed_loop.comparison import COLUMNS, DELTAS, Comparison
-from deploy.closed_loop.cores import MODEL_CORE, leave_core_to_the_model
-from deploy.closed_loop.workloads import SERVED_MODEL
+from deploy.closed_loop.machine import Machine
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import engine_variables, free_port
-from environments import VllmEnvironment
 from profiler.capture.launch import runs_of
 
-LIMITS: Sequence[str] = (
-    # In 32 bits every CPU is fast; one without instructions for bfloat16 takes six times as long in 16.
-    *("--served-model-name", SERVED_MODEL, "--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32"),
-    *("--max-model-len", "2048", "--max-num-batched-tokens", "512", "--max-num-seqs", "32"),
-)
 KEEP = "ARGS='--keep DIR' keeps every log, the captures and the packs"
 # Label of a row and key of LLM-Emu's columns.
 _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), ("tokens/s", "tps"))
@@ -70,7 +63,7 @@ class PlanPack:
 class Planner:
     """Captures the next part of a plan, and builds the pack of all parts there are."""
 
-    vllm: VllmEnvironment
+    machine: Machine
     model: Path
     site: Path
     folder: Path
@@ -99,22 +92,15 @@ class Planner:
 
     def _capture(self, folder: Path, minutes: float) -> list[str]:
         """Run the command as a user does; what it said about its plan and its run."""
-        serve = [
-            str(self.vllm.python),
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(self.model),
-            "--load-format",
-            "dummy",
-        ]
-        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *LIMITS, *self.serve_arguments]
-        command = [str(self.vllm.python), "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
+        python = str(self.machine.vllm.python)
+        serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--load-format", "dummy"]
+        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *self.machine.serve, *self.serve_arguments]
+        command = [python, "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
         log_path = folder.with_suffix(".log")
         with log_path.open("wb") as log:
             capture = subprocess.Popen(
                 [*command, "--minutes", f"{minutes:g}", "--", *serve],
-                env=engine_variables(self.site, None) | cpu_variables(),
+                env={**engine_variables(self.site, None), **self.machine.real_variables},
                 cwd=folder.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -123,7 +109,7 @@ class Planner:
         try:
             while capture.poll() is None:
                 if "step-oracle: plan:" in log_path.read_text(encoding="utf-8", errors="replace"):
-                    leave_core_to_the_model(capture.pid)
+                    self.machine.settle(capture.pid)
                     break
                 time.sleep(0.2)
             capture.wait()
@@ -164,11 +150,6 @@ def mean_and_largest_error(comparisons: Sequence[Comparison], metric: str) -> tu
     """Of one metric's mean over the workloads, in percent: mean of the sizes, and the largest with its sign."""
     errors = [comparison.figure(_column(metric)).error_percent for comparison in comparisons]
     return sum(map(abs, errors)) / len(errors), max(errors, key=abs)
-
-
-def cpu_variables() -> dict[str, str]:
-    """A KV cache of one GiB, and one core for the model."""
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(MODEL_CORE)}
 
 
 def _noise(comparisons: Sequence[Comparison], metric: str) -> tuple[str, str]:

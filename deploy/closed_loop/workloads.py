@@ -17,8 +17,6 @@ from environments import VllmEnvironment
 
 SERVED_MODEL = "m"
 WARMUPS = 6
-# So many users keep the engine full while its capacity is measured.
-_CAPACITY_USERS = 16
 # A chat-like mix with long right tails, small enough for one core: means of about 150 and 40 tokens.
 PROMPTS = LengthMix(median=110, sigma=0.8, least=16, most=900)
 OUTPUTS = LengthMix(median=34, sigma=0.6, least=8, most=160)
@@ -69,11 +67,11 @@ QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
 
 
 def measured_capacity(
-    environment: VllmEnvironment, base_url: str, *, model: Path, site: Path, folder: Path, seed: int
+    environment: VllmEnvironment, base_url: str, *, users: int, model: Path, site: Path, folder: Path, seed: int
 ) -> float:
     """Requests per second that the engine at this address serves to so many users that it is never idle."""
-    users = Workload(f"closed loop {_CAPACITY_USERS}", users=_CAPACITY_USERS, capacity=2 * _CAPACITY_USERS)
-    result = run_bench(environment, users, base_url, model=model, site=site, folder=folder, seconds=1.0, seed=seed)
+    full = Workload(f"closed loop {users}", users=users, capacity=2 * users)
+    result = run_bench(environment, full, base_url, model=model, site=site, folder=folder, seconds=1.0, seed=seed)
     return float(result["request_throughput"])
 
 

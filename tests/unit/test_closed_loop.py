@@ -24,10 +24,12 @@ from deploy.closed_loop.comparison import (
     print_comparisons,
     write_deltas,
 )
+from deploy.closed_loop.machine import device_machine, model_of
 from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan
 from deploy.closed_loop.steady import overruns
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
+from deploy.demo.progress import DemoFailed
 
 
 def result(**changes: float) -> dict[str, Any]:
@@ -195,3 +197,65 @@ def test_what_the_steady_device_says_last_counts(tmp_path: Path) -> None:
     assert overruns(log) == "it did not say how many steps took longer than they should"
     log.write_text("INFO steady device: 1 of 9 steps took longer\nINFO steady device: 2 of 90 steps took longer\n")
     assert overruns(log) == "2 of 90 steps took longer"
+
+
+def venv_that_says(folder: Path, said: str, status: int) -> Path:
+    """A virtual environment whose Python says this, whatever it is asked."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho '{said}'\necho '{said}' >&2\nexit {status}\n")
+    python.chmod(0o755)
+    return folder
+
+
+def test_the_engines_of_a_vllm_with_a_device_are_told_the_same_and_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
+    machine = device_machine(venv_that_says(tmp_path, "0.25.1", 0), ["--tensor-parallel-size", "2"])
+
+    assert machine.vllm.version == "0.25.1"
+    assert machine.serve[-2:] == ("--tensor-parallel-size", "2")
+    # A captured engine starts beside the real one, which is stopped and keeps its memory.
+    assert float(machine.serve[machine.serve.index("--gpu-memory-utilization") + 1]) < 0.5
+    assert machine.emulated_serve == ()
+    assert machine.real_variables["VLLM_ATTENTION_BACKEND"] == "FLASH_ATTN"
+    with machine.beside_the_model():
+        assert os.sched_getaffinity(0) == cores.ALL
+
+
+def test_an_environment_without_vllm_is_refused_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(DemoFailed, match="No such file"):
+        device_machine(tmp_path / "nowhere", ())
+    with pytest.raises(DemoFailed, match="no vLLM that can be imported: No module named vllm"):
+        device_machine(venv_that_says(tmp_path, "No module named vllm", 1), ())
+
+
+def test_a_model_is_a_folder_or_a_published_configuration(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+
+    assert model_of(tmp_path / "model", str(own)) == own
+    assert (model_of(tmp_path / "model", "qwen3-8b") / "config.json").exists()
+    with pytest.raises(DemoFailed, match="neither a folder with a config"):
+        model_of(tmp_path / "model", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "qwen3-8b"], "go with --vllm"),
+        (["--serve", "--tensor-parallel-size 2"], "go with --vllm"),
+        (["--vllm", "venv", "--steady"], "does not go with --vllm"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["closed_loop", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        closed_loop.main()
+
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
