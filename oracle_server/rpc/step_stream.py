@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from time import perf_counter_ns
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from oracle_server.state.identity import EngineIdentity
 from oracle_server.state.node import Node
 from oracle_server.state.snapshot import EnginePlan, StepAnswer
 from step_oracle.v1 import oracle_service_pb2 as pb
+from step_oracle.v1 import step_pb2
 
 BREAK_SECONDS = 0.005
 CLOSED = "closed by the engine"
@@ -221,10 +223,10 @@ class StepStream:
         if request.HasField("counts"):
             self._count(request.counts, live.tenant, record)
         failure: OracleError | None = None
-        if request.steps:
+        if steps := request.steps:
             begin = perf_counter_ns()
             try:
-                self._answer_steps(request, live, record, identity, response)
+                self._answer_steps(steps, request.min_generation, live, record, identity, response)
             except OracleError as error:
                 failure = error
             self._metrics.count_message(perf_counter_ns() - begin)
@@ -241,7 +243,8 @@ class StepStream:
 
     def _answer_steps(
         self,
-        request: pb.StreamStepsRequest,
+        steps: Iterable[step_pb2.StepRequest],
+        min_generation: int,
         live: LiveExperiment,
         record: EngineRecord,
         identity: EngineIdentity,
@@ -250,8 +253,8 @@ class StepStream:
         counts = record.counts
         steps_by_support = self._steps_by_support
         leases = self._leases
-        min_generation = request.min_generation
-        for step in request.steps:
+        replies = response.replies
+        for step in steps:
             snapshot = live.snapshot
             plan = self._plan
             if plan is None or plan.snapshot is not snapshot:
@@ -260,12 +263,12 @@ class StepStream:
             if plan.generation < min_generation:
                 snapshot.check_generation(min_generation)
             query, drafts, new_requests = wire.read_step(step)
-            device_time_ns = step.device_time_ns
-            answer = plan.answer(step.step_index, query, drafts, new_requests, device_time_ns, step.device_idle_ns)
-            reply = response.replies.add()
-            wire.write_reply(reply, step.step_index, plan.generation, answer)
+            step_index, device_time_ns = step.step_index, step.device_time_ns
+            answer = plan.answer(step_index, query, drafts, new_requests, device_time_ns, step.device_idle_ns)
+            reply = replies.add()
+            wire.write_reply(reply, step_index, plan.generation, answer)
             if not plan.leasable:
-                self._watch(record, step.step_index, query, device_time_ns, answer)
+                self._watch(record, step_index, query, device_time_ns, answer)
             elif leases is not None and not query.chunk_tokens and not drafts:
                 leases.grant(reply, plan, query)
             counts.steps += 1

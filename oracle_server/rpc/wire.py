@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -59,14 +59,13 @@ def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], t
     """(shape, draft tokens of each request that has any, new requests) of a step; BadStep where it cannot be."""
     shape = step.shape
     chunks = shape.prefill_chunks
-    if len(chunks) > MAX_CHUNKS:
-        raise _bad(step, f"{len(chunks)} prefill chunks; allowed: {MAX_CHUNKS}", "prefill_chunks")
+    chunk_tokens, chunk_context = _read_chunks(step, chunks) if chunks else (_NONE, _NONE)
     requests = shape.num_decode_requests
     tokens = shape.num_decode_tokens
     new = shape.new_requests
     query = StepQuery(
-        tuple([chunk.num_tokens for chunk in chunks]) if chunks else _NONE,
-        tuple([chunk.context_tokens for chunk in chunks]) if chunks else _NONE,
+        chunk_tokens,
+        chunk_context,
         requests,
         tokens,
         shape.decode_context_tokens,
@@ -75,8 +74,8 @@ def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], t
         shape.previous_prefill_tokens,
         len(new),
     )
-    if sum(query.chunk_tokens) + tokens > MAX_TOKENS:
-        raise _bad(step, f"{sum(query.chunk_tokens) + tokens} tokens; allowed: {MAX_TOKENS}", "shape")
+    if tokens > MAX_TOKENS or (chunks and sum(chunk_tokens) + tokens > MAX_TOKENS):
+        raise _bad(step, f"{sum(chunk_tokens) + tokens} tokens; allowed: {MAX_TOKENS}", "shape")
     if query.decode_context_tokens > MAX_CONTEXT_TOKENS:
         raise _bad(
             step,
@@ -99,7 +98,7 @@ def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], t
                 f"{tokens} tokens: draft tokens are positive and add up to num_decode_tokens - num_decode_requests",
                 "num_draft_tokens",
             )
-    return query, drafts, _read_new_requests(step) if new else ()
+    return query, drafts, _read_new_requests(step, new) if new else ()
 
 
 def write_reply(reply: step_pb2.StepReply, step_index: int, generation: int, answer: StepAnswer) -> None:
@@ -133,16 +132,34 @@ def write_lease(lease: step_pb2.Lease, plan: EnginePlan, record: DecodeRecord) -
     lease.draw_key = plan.key
 
 
-def _read_new_requests(step: step_pb2.StepRequest) -> tuple[NewRequest, ...]:
-    new = step.shape.new_requests
+# What reads repeated fields gets them, and looks at each item once: an item costs more than its numbers.
+
+
+def _read_chunks(
+    step: step_pb2.StepRequest, chunks: Sequence[step_pb2.PrefillChunk]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(tokens, context tokens) of the prefill chunks."""
+    if len(chunks) > MAX_CHUNKS:
+        raise _bad(step, f"{len(chunks)} prefill chunks; allowed: {MAX_CHUNKS}", "prefill_chunks")
+    tokens, context = [], []
+    for chunk in chunks:
+        tokens.append(chunk.num_tokens)
+        context.append(chunk.context_tokens)
+    return tuple(tokens), tuple(context)
+
+
+def _read_new_requests(step: step_pb2.StepRequest, new: Sequence[step_pb2.NewRequest]) -> tuple[NewRequest, ...]:
     if len(new) > MAX_NEW_REQUESTS:
         raise _bad(step, f"{len(new)} new requests; allowed: {MAX_NEW_REQUESTS}", "new_requests")
+    found = []
     for request in new:
-        if not request.request_key:
+        key = request.request_key
+        if not key:
             raise _bad(step, "a new request without a request_key", "new_requests.request_key")
-    return tuple(
-        [NewRequest(r.request_key, r.prompt_tokens, r.ignore_eos, r.output_tokens_hint, r.length_class) for r in new]
-    )
+        found.append(
+            NewRequest(key, request.prompt_tokens, request.ignore_eos, request.output_tokens_hint, request.length_class)
+        )
+    return tuple(found)
 
 
 def _bad(step: step_pb2.StepRequest, what: str, field: str) -> BadStep:

@@ -79,16 +79,10 @@ class ComposedOracle:
                 *self._arrays, self._residuals, requests, context, longest, signed(key), signed(step_index), factor
             )
         elif chunk_tokens or decode_tokens:
-            # Largest first, in one order whatever the scheduler's: sums of doubles depend on it.
-            chunks = sorted(
-                zip(chunk_tokens, chunk_context, strict=True),
-                key=lambda c: (c[0] * (c[0] + 2 * c[1]), c[0]),
-                reverse=True,
-            )
             latency, support, distance, knowledge = mixed_latency(
                 *self._arrays,
                 self._residuals,
-                np.array(chunks, dtype=np.int64).reshape(len(chunks), 2),
+                _largest_first(chunk_tokens, chunk_context),
                 requests,
                 decode_tokens,
                 context,
@@ -120,6 +114,18 @@ class ComposedOracle:
         decode_latency(*self._arrays, self._residuals, 1, 1, 1, 0, 0, 1.0)
         decode_piece(*self._arrays, 1, 1, 1, 1.0)
         mixed_latency(*self._arrays, self._residuals, np.ones((1, 2), dtype=np.int64), 1, 1, 1, 1, 0, 0, 1.0)
+
+
+def _largest_first(chunk_tokens: tuple[int, ...], chunk_context: tuple[int, ...]) -> NDArray[np.int64]:
+    """Chunks as int64[C, 2], in one order whatever the scheduler's: sums of doubles depend on it."""
+    chunks = np.empty((len(chunk_tokens), 2), np.int64)
+    if len(chunk_tokens) == 1:
+        # Most steps with chunks; item by item it is a quarter of what sorting and making an array of tuples take.
+        chunks[0, 0], chunks[0, 1] = chunk_tokens[0], chunk_context[0]
+    elif chunk_tokens:
+        pairs = zip(chunk_tokens, chunk_context, strict=True)
+        chunks[:] = sorted(pairs, key=lambda c: (c[0] * (c[0] + 2 * c[1]), c[0]), reverse=True)
+    return chunks
 
 
 def _frozen(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:

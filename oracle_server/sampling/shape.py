@@ -31,7 +31,9 @@ def check_query(query: StepQuery) -> None:
     chunks, contexts, requests, tokens, context, longest, concurrency, previous, new = query
     if len(chunks) != len(contexts):
         raise BadStep(f"{len(chunks)} prefill chunks but {len(contexts)} contexts of chunks", field="prefill_chunks")
+    total = tokens
     for chunk, history in zip(chunks, contexts, strict=True):
+        total += chunk
         if not (0 < chunk <= STEP_TOKENS_LIMIT and 0 <= history <= STEP_TOKENS_LIMIT):
             raise BadStep(
                 f"prefill chunk of {chunk} tokens with {history} context tokens; allowed are 1 to 2^31 and 0 to 2^31",
@@ -42,9 +44,9 @@ def check_query(query: StepQuery) -> None:
             f"{tokens} decode tokens for {requests} decode requests; each has one or more, 2^31 at most",
             field="num_decode_tokens",
         )
-    if sum(chunks) + tokens > STEP_TOKENS_LIMIT or sum(chunks) + tokens == 0:
+    if not 0 < total <= STEP_TOKENS_LIMIT:
         raise BadStep(
-            f"{sum(chunks) + tokens} tokens in one step; allowed are 1 to 2^31 (a step without tokens is not sent)",
+            f"{total} tokens in one step; allowed are 1 to 2^31 (a step without tokens is not sent)",
             field="shape",
         )
     if requests and not (longest <= context <= requests * longest and context < CONTEXT_TOKENS_LIMIT and longest > 0):
