@@ -27,9 +27,9 @@ from typing import Any
 from deploy.closed_loop.comparison import (
     Comparison,
     as_json,
-    beyond_bounds,
     compare,
     print_comparisons,
+    verdict,
     write_deltas,
 )
 from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
@@ -87,13 +87,12 @@ def main() -> int:
         print("\ninterrupted: everything it started has ended", file=sys.stderr)
         return 130
     longest = [each for each in comparisons if each.plan_minutes == max(options.minutes)]
-    beyond = beyond_bounds(longest)
     of = f" with the plan of {max(options.minutes):g} minutes" if len(options.minutes) > 1 else ""
-    print(f"{len(beyond)} of {5 * len(longest)} means are beyond their bound{of}" + (":" if beyond else ""))
-    for sentence in beyond:
-        print(f"  {sentence}")
+    for line in verdict(longest, of):
+        print(line)
     print(f"it took {progress.seconds / 60:.1f} minutes in all")
-    return 1 if beyond and options.check else 0
+    is_beyond = any(not figure.is_within for each in longest for figure in each.figures)
+    return 1 if is_beyond and options.check else 0
 
 
 def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanPack], list[Comparison]]:

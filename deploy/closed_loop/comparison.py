@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -65,8 +66,31 @@ class Figure:
         return max(abs(100 * (value / self.real_mean - 1)) for value in self.real)
 
     @property
+    def interval_percent(self) -> tuple[float, float] | None:
+        """95 % interval of the error (Welch's, of the logarithms of the runs); None of fewer than two runs a side."""
+        from scipy.stats import ttest_ind
+
+        if min(len(self.real), len(self.emulated)) < 2 or self.scatter_percent == 0:
+            return None
+        found = ttest_ind(np.log(self.emulated), np.log(self.real), equal_var=False).confidence_interval(0.95)
+        return 100 * (math.exp(found.low) - 1), 100 * (math.exp(found.high) - 1)
+
+    @property
+    def scatter_percent(self) -> float:
+        """Largest distance of any run from the mean of its side."""
+        sides = (self.real, self.emulated)
+        return max(abs(100 * (value * len(side) / sum(side) - 1)) for side in sides for value in side)
+
+    @property
     def is_within(self) -> bool:
         return self.bound_percent is None or abs(self.error_percent) <= self.bound_percent
+
+    @property
+    def is_decided(self) -> bool:
+        """False: it is beyond its bound, and the runs differ by so much that it need not be."""
+        if self.is_within or self.bound_percent is None or (interval := self.interval_percent) is None:
+            return True
+        return interval[0] > self.bound_percent or interval[1] < -self.bound_percent
 
 
 @dataclass(frozen=True)
@@ -105,23 +129,37 @@ def print_comparisons(comparisons: Sequence[Comparison]) -> None:
         row = [name]
         for comparison in comparisons:
             figure = comparison.figures[place]
-            mark = "" if figure.is_within else " *"
+            mark = "" if figure.is_within else " *" if figure.is_decided else " ?"
             row += [f"{figure.real_mean:.2f}", f"{figure.noise_percent:.1f}", f"{figure.error_percent:+.1f}{mark}"]
         table.add_row(*row)
     Console(width=COLUMNS, markup=False, highlight=False).print(table)
     print("± real: the real run farthest from the mean of the real runs; emulated: mean against that mean; *: beyond")
-    print("the bound of a mean (TTFT 4 %, TPOT, ITL and E2E 2.5 %, throughput 1.5 %)")
+    print(
+        "the bound of a mean (TTFT 4 %, TPOT, ITL and E2E 2.5 %, throughput 1.5 %); ?: beyond it, but the runs differ"
+    )
+    print("by so much among themselves that the 95 % interval of the error reaches into the bound")
 
 
-def beyond_bounds(comparisons: Iterable[Comparison]) -> list[str]:
-    """One sentence per mean that is farther away than it has to be."""
-    return [
-        f"{comparison.workload.name}: {figure.metric} {figure.error_percent:+.1f} % "
-        f"(bound {figure.bound_percent:g} %, real runs ±{figure.noise_percent:.1f} %)"
-        for comparison in comparisons
-        for figure in comparison.figures
-        if not figure.is_within
+def verdict(comparisons: Sequence[Comparison], of: str = "") -> list[str]:
+    """How many means are farther away than they have to be, and a sentence for each; `of`: which plan, of several."""
+    beyond = [
+        (comparison, figure) for comparison in comparisons for figure in comparison.figures if not figure.is_within
     ]
+    undecided = sum(not figure.is_decided for _, figure in beyond)
+    told = f"{len(beyond)} of {5 * len(comparisons)} means are beyond their bound{of}"
+    if undecided:
+        told += f", {undecided} of them undecided: these runs differ by more among themselves"
+    return [told + (":" if beyond else ""), *(f"  {_told(*each)}" for each in beyond)]
+
+
+def _told(comparison: Comparison, figure: Figure) -> str:
+    interval = figure.interval_percent
+    between = f", {interval[0]:+.1f} to {interval[1]:+.1f}" if interval else ""
+    undecided = "" if figure.is_decided else "; undecided"
+    return (
+        f"{comparison.workload.name}: {figure.metric} {figure.error_percent:+.1f} %{between} "
+        f"(bound {figure.bound_percent:g} %, real runs ±{figure.noise_percent:.1f} %){undecided}"
+    )
 
 
 def write_deltas(path: Path, comparisons: Iterable[Comparison]) -> None:
@@ -149,6 +187,7 @@ def as_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
                     "real_mean": figure.real_mean,
                     "error_percent": figure.error_percent,
                     "noise_percent": figure.noise_percent,
+                    "interval_percent": figure.interval_percent,
                 }
                 for figure in comparison.figures
             ],

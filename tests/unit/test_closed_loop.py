@@ -19,9 +19,9 @@ from deploy.closed_loop.comparison import (
     METRICS,
     Comparison,
     as_json,
-    beyond_bounds,
     compare,
     print_comparisons,
+    verdict,
     write_deltas,
 )
 from deploy.closed_loop.machine import device_machine, model_of
@@ -56,8 +56,30 @@ def test_every_mean_has_a_bound_and_one_beyond_it_is_named_with_the_noise() -> N
     assert [figure.metric for figure in comparison.figures if figure.bound_percent] == [
         *("TTFT mean", "TPOT mean", "ITL mean", "E2E mean", "output tokens/s")
     ]
-    assert beyond_bounds([comparison]) == ["Poisson 20 %: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)"]
-    assert beyond_bounds([compare(POISSON, real, real, 3.0)]) == []
+    assert verdict([comparison], " of all") == [
+        "1 of 5 means are beyond their bound of all:",
+        "  Poisson 20 %: TPOT mean +4.0 % (bound 2.5 %, real runs ±1.0 %)",
+    ]
+    assert verdict([compare(POISSON, real, real, 3.0)]) == ["0 of 5 means are beyond their bound"]
+
+
+def test_an_error_that_the_runs_own_differences_explain_is_undecided(capsys: pytest.CaptureFixture[str]) -> None:
+    def runs(*tpots: float) -> list[dict[str, Any]]:
+        return [result(mean_tpot_ms=tpot) for tpot in tpots]
+
+    steady = compare(POISSON, runs(100.0, 100.5, 101.0), runs(105.0, 105.5, 106.0), 3.0)
+    shaky = compare(POISSON, runs(90.0, 100.0, 111.5), runs(101.0, 105.5, 110.0), 3.0)
+    assert steady.figure("mean_tpot_ms").interval_percent == pytest.approx((3.8, 6.2), abs=0.1)
+    assert [each.figure("mean_tpot_ms").is_decided for each in (steady, shaky)] == [True, False]
+
+    told = verdict([steady, shaky])
+    assert told[0] == (
+        "2 of 10 means are beyond their bound, 1 of them undecided: these runs differ by more among themselves:"
+    )
+    assert [line.endswith("; undecided") for line in told[1:]] == [False, True]
+    print_comparisons([steady, shaky])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("TPOT mean"))
+    assert ("+5.0 *" in row, "+5.0 ?" in row) == (True, True)
 
 
 def test_the_table_has_mean_p50_p90_and_p99_of_four_times_and_the_throughput(
