@@ -38,8 +38,10 @@ class Podman:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # podman takes 50 characters at most, and a test's own folder may have more.
+        self._run_folder = Path(tempfile.mkdtemp(prefix="podman-"))
         # crun refuses machines with both versions of cgroups; runc takes them.
-        self._options = [f"--root={folder}/root", f"--runroot={folder}/run", "--runtime=runc"]
+        self._options = [f"--root={folder}/root", f"--runroot={self._run_folder}", "--runtime=runc"]
 
     def __call__(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command; with `check` a failure fails the test with its words."""
@@ -63,7 +65,8 @@ class Podman:
     def remove(self) -> None:
         """Containers, images, storage."""
         self("rm", "--all", "--force", check=False)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, self._run_folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _base() -> Path:
