@@ -262,8 +262,8 @@ def _write(options: Options, comparisons: Sequence[Comparison]) -> None:
         write_deltas(options.csv, comparisons)
         print(f"• errors of the means as LLM-Emu tells them: {options.csv}")
     if options.json is not None:
-        vllm = None if options.vllm is None else {"model": options.model, "serve": list(options.serve)}
-        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady, "device": vllm}
+        device = None if options.vllm is None else {"model": options.model, "serve": list(options.serve)}
+        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady, "device": device}
         document = {**described, "comparisons": as_json(comparisons)}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"• every run: {options.json}")
