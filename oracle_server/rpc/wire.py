@@ -58,10 +58,12 @@ _MAX_QUOTA = (1 << 63) - 1
 def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], tuple[NewRequest, ...]]:
     """(shape, draft tokens of each request that has any, new requests) of a step; BadStep where it cannot be."""
     shape = step.shape
-    chunks = shape.prefill_chunks
-    chunk_tokens, chunk_context = _read_chunks(step, chunks) if chunks else (_NONE, _NONE)
     requests = shape.num_decode_requests
-    tokens = shape.num_decode_tokens
+    tokens = all_tokens = shape.num_decode_tokens
+    chunk_tokens = chunk_context = _NONE
+    if chunks := shape.prefill_chunks:
+        chunk_tokens, chunk_context = _read_chunks(step, chunks)
+        all_tokens += sum(chunk_tokens)
     new = shape.new_requests
     query = StepQuery(
         chunk_tokens,
@@ -74,8 +76,8 @@ def read_step(step: step_pb2.StepRequest) -> tuple[StepQuery, tuple[int, ...], t
         shape.previous_prefill_tokens,
         len(new),
     )
-    if tokens > MAX_TOKENS or (chunks and sum(chunk_tokens) + tokens > MAX_TOKENS):
-        raise _bad(step, f"{sum(chunk_tokens) + tokens} tokens; allowed: {MAX_TOKENS}", "shape")
+    if all_tokens > MAX_TOKENS:
+        raise _bad(step, f"{all_tokens} tokens; allowed: {MAX_TOKENS}", "shape")
     if query.decode_context_tokens > MAX_CONTEXT_TOKENS:
         raise _bad(
             step,
