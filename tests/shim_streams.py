@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,11 +68,3 @@ def granting(generation: int, latency_ns: int) -> Any:
         return reply
 
     return answer
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Until it holds; AssertionError after ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.01)

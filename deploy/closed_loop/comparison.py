@@ -67,19 +67,17 @@ class Figure:
 
     @property
     def interval_percent(self) -> tuple[float, float] | None:
-        """95 % interval of the error (Welch's, of the logarithms of the runs); None of fewer than two runs a side."""
+        """95 % interval of the error (Welch's, of the logarithms of the runs).
+
+        None of fewer than two runs a side, of runs that do not differ, and where one has no logarithm.
+        """
         from scipy.stats import ttest_ind
 
-        if min(len(self.real), len(self.emulated)) < 2 or self.scatter_percent == 0:
+        sides = (self.real, self.emulated)
+        if min(map(len, sides)) < 2 or max(len(set(side)) for side in sides) == 1 or min(map(min, sides)) <= 0:
             return None
         found = ttest_ind(np.log(self.emulated), np.log(self.real), equal_var=False).confidence_interval(0.95)
         return 100 * (math.exp(found.low) - 1), 100 * (math.exp(found.high) - 1)
-
-    @property
-    def scatter_percent(self) -> float:
-        """Largest distance of any run from the mean of its side."""
-        sides = (self.real, self.emulated)
-        return max(abs(100 * (value * len(side) / sum(side) - 1)) for side in sides for value in side)
 
     @property
     def is_within(self) -> bool:

@@ -1,7 +1,6 @@
 """Leases on a stream: what is not sent, what waits for its turn, what ends a lease; the counts that go alone."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 
 from fakes import ScriptedOracle, constant
-from shim_streams import LATENCY_NS, decode, granting, prefill, step, stream_to, wait_until
+from sharded_server import wait_for
+from shim_streams import LATENCY_NS, decode, granting, prefill, step, stream_to
 from step_oracle.v1 import oracle_service_pb2 as pb
 from step_oracle.v1 import step_pb2
 from vllm_shim.errors import OracleLost
@@ -114,10 +114,7 @@ def test_counts_go_alone_once_a_second_while_nothing_is_sent() -> None:
         stream.wait(decode(stream, 0))
         reply = stream.wait(decode(stream, 1))
         stream.count_step(15_000, 0, reply)
-        end = time.monotonic() + 10
-        while not oracle.counts:
-            assert time.monotonic() < end, "no heartbeat"
-            time.sleep(0.05)
+        wait_for(lambda: bool(oracle.counts))
         assert (oracle.counts[0].leased_steps, oracle.counts[0].last_leased_step_index) == (1, 1)
         assert len(oracle.requests) == 1
 
@@ -146,10 +143,7 @@ def living_from_a_lease(**changes: str) -> Iterator[tuple[OracleStream, Scripted
             stream.wait(decode(stream, 0))
             reply = stream.wait(decode(stream, 1))
             stream.count_step(0, 0, reply)
-            end = time.monotonic() + 10
-            while not oracle.counts:
-                assert time.monotonic() < end, "no heartbeat"
-                time.sleep(0.02)
+            wait_for(lambda: bool(oracle.counts))
             assert decode(stream, 2).is_answered()
             stream._unheard_since_ns -= 6_000_000_000
             try:
@@ -187,7 +181,7 @@ def test_leases_outlive_a_stream_that_ends_without_an_error() -> None:
         oracle.messages_per_stream = 1
         stream.wait(stream.submit(prefill(2)))
         # It ends with each message from now on, and the next one opens.
-        wait_until(lambda: len(oracle.opened) >= 3)
+        wait_for(lambda: len(oracle.opened) >= 3)
         oracle.messages_per_stream = 0
         for index in range(3, 6):
             asked = decode(stream, index)
