@@ -246,6 +246,12 @@ BAD_PACKS: dict[str, tuple[str, Spoil, str, str]] = {
         "latency.wake",
         "never falls",
     ),
+    "host_that_takes_nothing": (
+        "composed",
+        set_field("latency.host", {"step_ns": 0, "request_ns": 5}),
+        "latency.host.step_ns",
+        ">= 1",
+    ),
     "wake_at_one_pause_twice": (
         "composed",
         set_field("latency.wake", [{"idle_ns": 5, "extra_ns": 9}, {"idle_ns": 5, "extra_ns": 9}]),

@@ -15,6 +15,7 @@ from oracle_server.pack import (
     ComposedLatency,
     Device,
     Engine,
+    HostTime,
     HybridLatency,
     HybridTerm,
     KvCache,
@@ -73,13 +74,15 @@ def build_composed_pack(
     prep_ns: int = 0,
     copy_ns: int = 0,
     wake: Sequence[tuple[int, int]] = (),
+    host: tuple[int, int] | None = None,
     **overrides: Any,
 ) -> str:
     """A composed pack.
 
     `operators` maps names to {grid point: ns} (default: `plausible_operators()`), `knowledge` names to the Knowledge of
     all their points (default 1, measured), `ratios` is the residual pool (None: no file), `wake` (idle ns, extra ns) of
-    pauses, `composed` replaces fields of ComposedLatency, `overrides` fields of the manifest.
+    pauses, `host` (ns per step, ns per request), `composed` replaces fields of ComposedLatency, `overrides` fields of
+    the manifest.
     """
     operators = plausible_operators() if operators is None else operators
     columns = operator_columns(operators, knowledge or {})
@@ -87,6 +90,7 @@ def build_composed_pack(
         prep_ns=prep_ns,
         copy_ns=copy_ns,
         wake=tuple(WakePoint(idle_ns=idle, extra_ns=extra) for idle, extra in wake) or UNSET,
+        host=HostTime(step_ns=host[0], request_ns=host[1]) if host else UNSET,
         composed=ComposedLatency(**{"operators": operator_specs(operators), **(composed or {})}),
     )
     residuals = None if ratios is None else {"ratio": np.asarray(ratios, dtype=np.float32)}

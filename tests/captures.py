@@ -49,6 +49,7 @@ RANK: dict[str, Any] = {
     "libraries": {"torch": "2.13.0+cpu"},
 }
 PREP_NS, COPY_NS = 100_000, 120_000
+HOST_NS, HOST_NS_PER_REQUEST = 210_000, 1_500
 
 
 def true_latency_ns(chunks: Sequence[int], requests: int, context: int) -> float:
@@ -84,6 +85,7 @@ def steps(count: int, *, seed: int = 1, noise: float = 0.01, factor: float = 1.0
                 result_ns=start + latency + COPY_NS,
                 was_idle=True,
                 warm_up=False,
+                host_ns=HOST_NS + HOST_NS_PER_REQUEST * (requests + len(chunks)) if index else 0,
             )
         )
         now = start + latency + COPY_NS + 300_000
@@ -165,4 +167,5 @@ def _scheduled(step: CapturedStep) -> pb.ScheduledStep:
         dispatch_ns=step.dispatch_ns,
         result_ns=step.result_ns,
         generated_tokens=step.generated_tokens,
+        host_ns=step.host_ns,
     )

@@ -241,7 +241,9 @@ class StepOracleExecutor(Executor):
         step = self._reader.read(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
-        times, idle_ns = self._timeline.hand_over(dispatch_ns)
+        times, idle_ns = self._timeline.hand_over(
+            dispatch_ns, goes_on=bool(scheduler_output.scheduled_cached_reqs.req_ids)
+        )
         if isinstance(step, DecodeStep) and self._config.leases and not idle_ns:
             pending = self._stream.submit_decode(self._step_index, step, self._request)
             if self._trace is not None:
@@ -292,7 +294,7 @@ class StepOracleExecutor(Executor):
         # Made while the device is busy: what is made after the deadline makes every step of a waiting engine longer.
         output = None if reply.injected_error else self._output.build(scheduled, reply, legal)
         self._clock.wait_until(times.deadline_ns)
-        resolved_ns = self._clock.now_ns()
+        resolved_ns, self._timeline.returned_ns = self._clock.now_ns(), times.deadline_ns
         lateness_ns, late_answer_ns = resolved_ns - times.deadline_ns, pending.answer_ns - times.deadline_ns
         self._stream.count_step(lateness_ns, late_answer_ns, reply)
         self._summary.count(latency_ns, reply.support, is_leased=leased, is_late=late_answer_ns > 0)
@@ -321,7 +323,13 @@ class StepOracleExecutor(Executor):
     def _settle(self, times: StepTimes, reply: Reply) -> None:
         """Once for each step, in the order of dispatch."""
         if not times.deadline_ns:
-            self._timeline.settle(times, latency_ns=reply.latency_ns[0], prep_ns=reply.prep_ns, copy_ns=reply.copy_ns)
+            self._timeline.settle(
+                times,
+                latency_ns=reply.latency_ns[0],
+                prep_ns=reply.prep_ns,
+                copy_ns=reply.copy_ns,
+                host_ns=reply.host_ns,
+            )
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Drafts for the step after the one sampled last.

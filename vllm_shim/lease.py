@@ -14,9 +14,9 @@ _MOST_LEASES = 4096
 _NUMBERS = (
     *("num_decode_requests", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token"),
     *("context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end"),
-    *("generation", "not_after_prefill", "prep_ns", "copy_ns", "support"),
+    *("generation", "not_after_prefill", "prep_ns", "copy_ns", "host_ns", "support"),
 )
-_OF_THE_REPLY = ("generation", "prep_ns", "copy_ns", "support", "knowledge", "support_distance")
+_OF_THE_REPLY = ("generation", "prep_ns", "copy_ns", "host_ns", "support", "knowledge", "support_distance")
 
 
 class HeldLease:
@@ -94,7 +94,7 @@ class LeasedReply:
     Making a message and reading it field by field costs more than the answer.
     """
 
-    __slots__ = ("_lease", "copy_ns", "generation", "latency_ns", "prep_ns", "step_index", "support")
+    __slots__ = ("_lease", "copy_ns", "generation", "host_ns", "latency_ns", "prep_ns", "step_index", "support")
 
     injected_error = False
     accepted_draft_tokens: Sequence[int] = ()
@@ -104,7 +104,7 @@ class LeasedReply:
         self._lease = lease
         self.step_index = step_index
         self.latency_ns = (leased_latency_ns(lease, step_index, context_tokens, max_context_tokens),)
-        self.prep_ns, self.copy_ns = lease.prep_ns, lease.copy_ns
+        self.prep_ns, self.copy_ns, self.host_ns = lease.prep_ns, lease.copy_ns, lease.host_ns
         self.generation, self.support = lease.generation, lease.support
 
     def message(self) -> pb.StepReply:

@@ -28,31 +28,35 @@ class StepTimes:
     device_finish_ns: int = 0
     # When the output becomes visible to the engine.
     deadline_ns: int = 0
+    # Deadline of the result that the engine came to this step from; 0: none, or it was longer ago than a busy engine
+    # takes.
+    after_ns: int = 0
 
 
 class DeviceTimeline:
     """One device that runs one step after the other. `settle` must be called in dispatch order; engine thread only."""
 
     def __init__(self) -> None:
-        self._free_at_ns = 0
+        # `returned_ns`: deadline of the result that the engine has been given since the last step; 0: none.
+        self._free_at_ns = self.returned_ns = 0
         self._last: StepTimes | None = None
 
-    def hand_over(self, now_ns: int) -> tuple[StepTimes, int]:
-        """The times of a new step, and StepRequest.device_idle_ns."""
-        last, self._last = self._last, StepTimes(now_ns)
+    def hand_over(self, now_ns: int, *, goes_on: bool = False) -> tuple[StepTimes, int]:
+        """The times of a new step, and StepRequest.device_idle_ns. `goes_on`: a request of it was under way."""
+        after_ns = self.returned_ns if goes_on and now_ns - self.returned_ns < SHORTEST_IDLE_NS else 0
+        last, self._last, self.returned_ns = self._last, StepTimes(now_ns, after_ns=after_ns), 0
         # Without a deadline it is under way still.
         idle_ns = now_ns - last.device_finish_ns if last is not None and last.deadline_ns else 0
         return self._last, idle_ns if idle_ns >= SHORTEST_IDLE_NS else 0
 
-    def settle(self, times: StepTimes, *, latency_ns: int, prep_ns: int, copy_ns: int) -> None:
-        """start = max(dispatch + prep, finish of the step before).
+    def settle(self, times: StepTimes, *, latency_ns: int, prep_ns: int, copy_ns: int, host_ns: int = 0) -> None:
+        """start = max(ready + prep, finish of the step before).
 
-        Finish = start + latency; visible at finish + copy.
+        Finish = start + latency; visible at finish + copy. Ready is the dispatch, or where `host_ns` is known and the
+        engine came from a result, so long after that: what this engine's own host takes does not matter then.
         """
-        start_ns = times.dispatch_ns + prep_ns
-        if start_ns < self._free_at_ns:
-            start_ns = self._free_at_ns
-        times.device_start_ns = start_ns
+        ready_ns = times.after_ns + host_ns if host_ns and times.after_ns else times.dispatch_ns
+        times.device_start_ns = start_ns = max(ready_ns + prep_ns, self._free_at_ns)
         times.device_finish_ns = self._free_at_ns = start_ns + latency_ns
         times.deadline_ns = times.device_finish_ns + copy_ns
 

@@ -170,6 +170,13 @@ class WakePoint(Struct, frozen=True, kw_only=True):
     extra_ns: Annotated[int, Meta(ge=0, le=600_000_000_000)]
 
 
+class HostTime(Struct, frozen=True, kw_only=True):
+    """What the engine core takes from one result to the next step: `step_ns` + `request_ns` * requests of the step."""
+
+    step_ns: Annotated[int, Meta(ge=1, le=600_000_000_000)]
+    request_ns: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+
+
 class Latency(Struct, frozen=True, kw_only=True):
     """Hot: how steps are timed. Exactly the options of the pack's kind are given."""
 
@@ -179,6 +186,8 @@ class Latency(Struct, frozen=True, kw_only=True):
     copy_ns: Annotated[int, Meta(ge=0, le=600_000_000_000)] = 0
     # Rising in both numbers; stands in the file only where the pack knows it.
     wake: Annotated[tuple[WakePoint, ...], Meta(max_length=32)] | UnsetType = UNSET
+    # Stands in the file only where the pack knows it.
+    host: HostTime | UnsetType = UNSET
     # Sampled only: decode steps right after prefill work have samples of their own.
     transition: bool = False
     sampled: SampledLatency | None = None
@@ -284,6 +293,11 @@ def wake_curve(latency: Latency) -> WakeCurve:
     """What steps after a pause cost more; nothing where the pack does not know it."""
     points = () if latency.wake is UNSET else latency.wake
     return WakeCurve([(point.idle_ns, point.extra_ns) for point in points])
+
+
+def host_time(latency: Latency) -> tuple[int, int]:
+    """HostTime's (step_ns, request_ns); zeros where the pack does not know it."""
+    return (0, 0) if latency.host is UNSET else (latency.host.step_ns, latency.host.request_ns)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

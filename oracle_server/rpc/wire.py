@@ -109,6 +109,8 @@ def write_reply(reply: step_pb2.StepReply, step_index: int, generation: int, ans
     reply.latency_ns.append(answer.latency_ns)
     reply.prep_ns = answer.prep_ns
     reply.copy_ns = answer.copy_ns
+    if answer.host_ns:
+        reply.host_ns = answer.host_ns
     reply.generated_tokens = answer.generated_tokens
     if answer.accepted_draft_tokens:
         reply.accepted_draft_tokens.extend(answer.accepted_draft_tokens)
@@ -131,6 +133,7 @@ def write_lease(lease: step_pb2.Lease, plan: EnginePlan, record: DecodeRecord) -
     lease.generation = plan.generation
     lease.prep_ns = plan.prep_ns
     lease.copy_ns = plan.copy_ns
+    lease.host_ns = plan.host_ns(record.num_decode_requests)
     lease.draw_key = plan.key
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from oracle_server.errors import AcceptanceUnknown, BadStep, PackRegistryUnavailable, StaleGeneration, SupportRefused
-from oracle_server.pack import Manifest, wake_curve
+from oracle_server.pack import Manifest, host_time, wake_curve
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import SUPPORT_EXTRAPOLATED, Answer, DecodeRecord
 from oracle_server.sampling.oracle import Oracle
@@ -65,6 +65,7 @@ class StepAnswer(NamedTuple):
     # What overlays put in: part of the latency, and whether the step fails.
     stall_ns: int = 0
     is_error: bool = False
+    host_ns: int = 0
 
 
 class Snapshot:
@@ -125,6 +126,8 @@ class EnginePlan:
     __slots__ = (
         "_acceptance",
         "_experiment",
+        "_host_request_ns",
+        "_host_step_ns",
         "_latency_factor",
         "_lengths",
         "_oracle",
@@ -162,6 +165,10 @@ class EnginePlan:
         self.prep_ns = scaled(pack.oracle.prep_ns, binding.time_scale)
         self.copy_ns = scaled(pack.oracle.copy_ns, binding.time_scale)
         self._wake = wake_curve(pack.manifest.latency)
+        host = host_time(pack.manifest.latency)
+        # 0: not known.
+        self._host_step_ns = max(1, scaled(host[0], binding.time_scale)) if host[0] else 0
+        self._host_request_ns = scaled(host[1], binding.time_scale)
         self._refuse = binding.support_policy == SUPPORT_REFUSE
         self._acceptance = binding.draft_acceptance_rate
         self._lengths = snapshot.lengths
@@ -204,7 +211,12 @@ class EnginePlan:
             distance,
             stall_ns,
             is_error,
+            self.host_ns(query.num_decode_requests + len(query.chunk_tokens)) if self._host_step_ns else 0,
         )
+
+    def host_ns(self, requests: int) -> int:
+        """StepReply.host_ns of a step of so many requests; 0: the pack does not know it."""
+        return self._host_step_ns + self._host_request_ns * requests if self._host_step_ns else 0
 
     def _prep_ns(self, idle_ns: int) -> int:
         return self.prep_ns + scaled(self._wake.extra_ns(idle_ns), self.snapshot.binding.time_scale)

@@ -47,6 +47,9 @@ _FEWEST_SETTLED: Final = 8
 _FEWEST_WOKEN: Final = 6
 _WAKE_BAND: Final = 4.0
 _FEWEST_IN_BAND: Final = 3
+# Steps whose host time is known, in all and of one number of requests.
+_FEWEST_HOST_STEPS: Final = 32
+_FEWEST_OF_A_SIZE: Final = 5
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ def build_pack(request: BuildRequest, directory: Path, *, created: datetime | No
     else:
         digest, lines = _write_hybrid(request, kept, directory, facts, rank, common, moment)
     prep_us, copy_us = (common["latency"][name] / 1e3 for name in ("prep_ns", "copy_ns"))
+    host = common["latency"].get("host")
+    host_told = f"{host.step_ns / 1e3:.0f} us + {host.request_ns / 1e3:.2f} us per request" if host else "not known"
     told = f"{facts['num_kv_blocks']} of {facts['block_size']} tokens, measured"
     if len(set(blocks)) > 1:
         told += f" (the fewest; the runs had {', '.join(map(str, blocks))})"
     head = [
         f"  {len(steps)} steps of {len(kept)} runs; left out: {_told(left_out)}",
-        f"  KV blocks: {told}; prep {prep_us:.0f} us, copy {copy_us:.0f} us",
+        f"  KV blocks: {told}; prep {prep_us:.0f} us, copy {copy_us:.0f} us, host {host_told}",
         *(f"  note: {run.name}: {note}" for run in runs for note in run.notes),
     ]
     return Built(digest, (*head, *lines))
@@ -178,6 +183,7 @@ def _common_fields(
         "latency": {
             "prep_ns": max(0, int(np.median(idle))) if idle else 0,
             "copy_ns": max(0, int(np.median(copies))),
+            **({"host": host} if (host := host_time(runs)) else {}),
         },
         "model": pack.Model(
             id=facts["model"].rstrip("/").rpartition("/")[2] or "unknown",
@@ -243,6 +249,31 @@ def _copies_ns(whole: Sequence[CapturedRun], usable: Sequence[CapturedRun]) -> l
                 found.append((step.device_end_ns - anchor_ns, step.result_ns - step.device_end_ns))
     near = [copy for distance, copy in found if distance <= _ANCHORED_NS]
     return near or [copy for _, copy in sorted(found)[:_MIN_SAMPLES]]
+
+
+def host_time(runs: Sequence[CapturedRun]) -> pack.HostTime | None:
+    """What the engine core took from a result to the next step: a line through the medians by number of requests.
+
+    None where too few steps tell it. Medians, because a collection of garbage or another process is not the engine's.
+    """
+    from scipy.optimize import nnls
+
+    of_size: dict[int, list[int]] = defaultdict(list)
+    for run in runs:
+        for step in run.steps:
+            if step.host_ns:
+                of_size[step.num_decode_requests + len(step.chunk_tokens)].append(step.host_ns)
+    if sum(map(len, of_size.values())) < _FEWEST_HOST_STEPS:
+        return None
+    told = {size: times for size, times in of_size.items() if len(times) >= _FEWEST_OF_A_SIZE}
+    if not told:
+        return None
+    sizes = np.array(list(told), dtype=np.float64)
+    medians = np.array([np.median(times) for times in told.values()])
+    weights = np.sqrt([len(times) for times in told.values()])
+    design = np.stack((np.ones_like(sizes), sizes), axis=1)
+    step_ns, request_ns = nnls(design * weights[:, None], medians * weights)[0]
+    return pack.HostTime(step_ns=max(1, round(step_ns)), request_ns=round(request_ns))
 
 
 def _sampled_manifest(

@@ -22,6 +22,9 @@ class SchedulerRecording:
     def __init__(self, path: Path, data_parallel_rank: int = 0) -> None:
         self._reader = StepReader()
         self._step_index = -1
+        # When the engine was given the last result, the capture's own time after it included; 0: none since the last
+        # step.
+        self._resumed_ns = 0
         # Steps dispatched and not finished, oldest first: (scheduler output, step).
         self._open: deque[tuple[Any, pb.ScheduledStep]] = deque()
         self._writer = CaptureWriter(path, _header(data_parallel_rank=data_parallel_rank), scheduled_block)
@@ -29,11 +32,15 @@ class SchedulerRecording:
     def dispatched(self, output: Any) -> None:
         """`schedule` returned: the step goes to the executor next."""
         begin_ns = time.monotonic_ns()
+        resumed_ns, self._resumed_ns = self._resumed_ns, 0
         self._step_index += 1
         scheduled = self._reader.read(output)
         if not output.total_num_scheduled_tokens:
             return
-        step = pb.ScheduledStep(step_index=self._step_index, shape=scheduled.shape)
+        goes_on = resumed_ns and output.scheduled_cached_reqs.req_ids
+        step = pb.ScheduledStep(
+            step_index=self._step_index, shape=scheduled.shape, host_ns=begin_ns - resumed_ns if goes_on else 0
+        )
         self._open.append((output, step))
         # The clock is read last: what the capture itself took does not count as the step's.
         step.dispatch_ns = time.monotonic_ns()
@@ -49,7 +56,8 @@ class SchedulerRecording:
                 step.generated_tokens = sum(map(len, getattr(result, "sampled_token_ids", None) or ()))
                 self._writer.append(step)
                 break
-        self._writer.hook_ns += time.monotonic_ns() - result_ns
+        self._resumed_ns = time.monotonic_ns()
+        self._writer.hook_ns += self._resumed_ns - result_ns
 
     def close(self) -> None:
         """The engine ends."""

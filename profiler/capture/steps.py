@@ -48,6 +48,8 @@ class CapturedStep(NamedTuple):
     was_idle: bool
     # In the warm-up phase of a plan.
     warm_up: bool
+    # From the result before to the dispatch, without the capture's own time; 0: not known (capture.proto).
+    host_ns: int = 0
 
     @property
     def latency_ns(self) -> int:
@@ -270,6 +272,7 @@ def _joined(
         result_ns=base + step.result_ns,
         was_idle=all(rank.was_idle for _, rank in found),
         warm_up=any(begin <= dispatch_ns < end for begin, end in warm_up),
+        host_ns=step.host_ns,
     )
 
 

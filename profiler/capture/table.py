@@ -39,6 +39,11 @@ COLUMNS: Final[dict[str, tuple[str, str, Callable[[CapturedStep], Any]]]] = {
         lambda step: step.device_start_ns - step.dispatch_ns if step.was_idle else None,
     ),
     "copy_ns": ("int64", "ns from device end to result", lambda step: step.result_ns - step.device_end_ns),
+    "host_ns": (
+        "int64",
+        "ns from the result before to dispatch, the capture's own left out; null where the engine may have waited",
+        lambda step: step.host_ns or None,
+    ),
 }
 
 

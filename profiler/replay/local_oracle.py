@@ -50,13 +50,15 @@ class LocalOracle:
         refuse_extrapolated: bool = False,
         latencies_ns: Sequence[int] | None = None,
         wake: WakeCurve = NO_WAKE,
+        host: tuple[int, int] = (0, 0),
     ) -> None:
-        """`latencies_ns`: answers by order of the steps instead of the oracle's, for a null oracle."""
+        """`latencies_ns`: answers by order of the steps instead of the oracle's, for a null oracle. `host`: as
+        `manifest.host_time` tells it."""
         self._oracle = oracle
         self._key = draws.engine_key(seed, engine_id)
         self._refuse = refuse_extrapolated
         self._given = latencies_ns
-        self._wake = wake
+        self._wake, self._host = wake, host
         self.latencies_ns: list[int] = []
         self.counts = SupportCounts()
         self.dummy_steps = 0
@@ -85,6 +87,7 @@ class LocalOracle:
             latency_ns=(latency_ns,),
             prep_ns=self._oracle.prep_ns + self._wake.extra_ns(request.device_idle_ns),
             copy_ns=self._oracle.copy_ns,
+            host_ns=self._host_ns(shape),
             generated_tokens=shape.num_decode_requests,
             generation=1,
             support=support,  # type: ignore[arg-type]
@@ -95,6 +98,10 @@ class LocalOracle:
             # Every request of a replay ends at its own number of tokens.
             reply.target_output_tokens.add(source=pb.LENGTH_SOURCE_IGNORE_EOS if new.ignore_eos else 0)
         return pending
+
+    def _host_ns(self, shape: pb.StepShape) -> int:
+        step_ns, request_ns = self._host
+        return step_ns and step_ns + request_ns * (shape.num_decode_requests + len(shape.prefill_chunks))
 
     def dummy(self, step_index: int) -> tuple[int, int, int]:
         """Latency, preparation and copy of a dummy batch: one decode request without context.

@@ -54,7 +54,7 @@ class _Worker:
         from vllm.version import __version__ as vllm_version
 
         from oracle_server.pack.load import load_compiled, open_oracle
-        from oracle_server.pack.manifest import wake_curve
+        from oracle_server.pack.manifest import host_time, wake_curve
         from profiler.replay import clock
         from profiler.replay.engine import ReplayEngine
         from profiler.replay.executor import ReplayContext
@@ -63,7 +63,7 @@ class _Worker:
 
         pack = load_compiled(Path(job.compiled_pack))
         self._oracle = open_oracle(pack)
-        self._wake = wake_curve(pack.manifest.latency)
+        self._wake, self._host = wake_curve(pack.manifest.latency), host_time(pack.manifest.latency)
         self._oracle.warm()
         ranks = _data_parallel_size(job)
         config = _vllm_config(job, ranks)
@@ -132,6 +132,7 @@ class _Worker:
                 refuse_extrapolated=self._job.refuse_extrapolated,
                 latencies_ns=before[i] if spec.null_oracle else None,
                 wake=self._wake,
+                host=self._host,
             )
             oracles.append(oracle)
             engine.begin_run(oracle, spec.trace_prefix)

@@ -32,7 +32,9 @@ RATIOS = [0.9 + 0.001 * i for i in range(256)]
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedPack]:
     folder = tmp_path_factory.mktemp("packs")
     skewed = {"skew_decode": 0.07, "host_ns_per_step": 9e4, "graph_capture_sizes": (1, 2, 4, 8, 16, 32, 64)}
-    build_composed_pack(folder / "composed", ratios=RATIOS, composed=skewed, prep_ns=31_000, copy_ns=17_001)
+    build_composed_pack(
+        folder / "composed", ratios=RATIOS, composed=skewed, prep_ns=31_000, copy_ns=17_001, host=(70_001, 333)
+    )
     build_composed_pack(folder / "plain", ratios=[0.93, 1.0, 1.11])
     build_hybrid_pack(folder / "hybrid", ratios=RATIOS)
     build_sampled_pack(folder / "cells", samples=cells(), copy_ns=900_001)

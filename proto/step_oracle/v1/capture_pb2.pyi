@@ -55,18 +55,20 @@ class ScheduledSteps(_message.Message):
     def __init__(self, base_ns: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[ScheduledStep, _Mapping]]] = ..., hook_ns: _Optional[int] = ..., writer_cpu_ns: _Optional[int] = ...) -> None: ...
 
 class ScheduledStep(_message.Message):
-    __slots__ = ("step_index", "shape", "dispatch_ns", "result_ns", "generated_tokens")
+    __slots__ = ("step_index", "shape", "dispatch_ns", "result_ns", "generated_tokens", "host_ns")
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_NS_FIELD_NUMBER: _ClassVar[int]
     RESULT_NS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_NS_FIELD_NUMBER: _ClassVar[int]
     step_index: int
     shape: _step_pb2.StepShape
     dispatch_ns: int
     result_ns: int
     generated_tokens: int
-    def __init__(self, step_index: _Optional[int] = ..., shape: _Optional[_Union[_step_pb2.StepShape, _Mapping]] = ..., dispatch_ns: _Optional[int] = ..., result_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    host_ns: int
+    def __init__(self, step_index: _Optional[int] = ..., shape: _Optional[_Union[_step_pb2.StepShape, _Mapping]] = ..., dispatch_ns: _Optional[int] = ..., result_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., host_ns: _Optional[int] = ...) -> None: ...
 
 class DeviceSteps(_message.Message):
     __slots__ = ("base_ns", "steps", "hook_ns", "writer_cpu_ns")

@@ -120,7 +120,7 @@ class TargetOutputTokens(_message.Message):
     def __init__(self, output_tokens: _Optional[int] = ..., source: _Optional[_Union[LengthSource, str]] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("step_index", "latency_ns", "prep_ns", "copy_ns", "generated_tokens", "accepted_draft_tokens", "target_output_tokens", "generation", "support", "knowledge", "support_distance", "lease", "injected_error", "injected_stall_ns")
+    __slots__ = ("step_index", "latency_ns", "prep_ns", "copy_ns", "generated_tokens", "accepted_draft_tokens", "target_output_tokens", "generation", "support", "knowledge", "support_distance", "lease", "injected_error", "injected_stall_ns", "host_ns")
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENCY_NS_FIELD_NUMBER: _ClassVar[int]
     PREP_NS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class StepReply(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     INJECTED_ERROR_FIELD_NUMBER: _ClassVar[int]
     INJECTED_STALL_NS_FIELD_NUMBER: _ClassVar[int]
+    HOST_NS_FIELD_NUMBER: _ClassVar[int]
     step_index: int
     latency_ns: _containers.RepeatedScalarFieldContainer[int]
     prep_ns: int
@@ -149,10 +150,11 @@ class StepReply(_message.Message):
     lease: Lease
     injected_error: bool
     injected_stall_ns: int
-    def __init__(self, step_index: _Optional[int] = ..., latency_ns: _Optional[_Iterable[int]] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[_Iterable[int]] = ..., target_output_tokens: _Optional[_Iterable[_Union[TargetOutputTokens, _Mapping]]] = ..., generation: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., support_distance: _Optional[float] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., injected_error: bool = ..., injected_stall_ns: _Optional[int] = ...) -> None: ...
+    host_ns: int
+    def __init__(self, step_index: _Optional[int] = ..., latency_ns: _Optional[_Iterable[int]] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[_Iterable[int]] = ..., target_output_tokens: _Optional[_Iterable[_Union[TargetOutputTokens, _Mapping]]] = ..., generation: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., support_distance: _Optional[float] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., injected_error: bool = ..., injected_stall_ns: _Optional[int] = ..., host_ns: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("num_decode_requests", "context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token", "residual_pool", "generation", "lease_id", "prep_ns", "copy_ns", "support", "knowledge", "draw_key", "support_distance", "not_after_prefill", "pool_id", "latency_pool_ns")
+    __slots__ = ("num_decode_requests", "context_tokens_begin", "context_tokens_end", "max_context_tokens_begin", "max_context_tokens_end", "intercept_ns", "slope_ns_per_context_token", "slope_ns_per_max_context_token", "residual_pool", "generation", "lease_id", "prep_ns", "copy_ns", "support", "knowledge", "draw_key", "support_distance", "not_after_prefill", "pool_id", "latency_pool_ns", "host_ns")
     NUM_DECODE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_BEGIN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_END_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +175,7 @@ class Lease(_message.Message):
     NOT_AFTER_PREFILL_FIELD_NUMBER: _ClassVar[int]
     POOL_ID_FIELD_NUMBER: _ClassVar[int]
     LATENCY_POOL_NS_FIELD_NUMBER: _ClassVar[int]
+    HOST_NS_FIELD_NUMBER: _ClassVar[int]
     num_decode_requests: int
     context_tokens_begin: int
     context_tokens_end: int
@@ -193,4 +196,5 @@ class Lease(_message.Message):
     not_after_prefill: bool
     pool_id: int
     latency_pool_ns: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_decode_requests: _Optional[int] = ..., context_tokens_begin: _Optional[int] = ..., context_tokens_end: _Optional[int] = ..., max_context_tokens_begin: _Optional[int] = ..., max_context_tokens_end: _Optional[int] = ..., intercept_ns: _Optional[float] = ..., slope_ns_per_context_token: _Optional[float] = ..., slope_ns_per_max_context_token: _Optional[float] = ..., residual_pool: _Optional[_Iterable[float]] = ..., generation: _Optional[int] = ..., lease_id: _Optional[int] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., draw_key: _Optional[int] = ..., support_distance: _Optional[float] = ..., not_after_prefill: bool = ..., pool_id: _Optional[int] = ..., latency_pool_ns: _Optional[_Iterable[int]] = ...) -> None: ...
+    host_ns: int
+    def __init__(self, num_decode_requests: _Optional[int] = ..., context_tokens_begin: _Optional[int] = ..., context_tokens_end: _Optional[int] = ..., max_context_tokens_begin: _Optional[int] = ..., max_context_tokens_end: _Optional[int] = ..., intercept_ns: _Optional[float] = ..., slope_ns_per_context_token: _Optional[float] = ..., slope_ns_per_max_context_token: _Optional[float] = ..., residual_pool: _Optional[_Iterable[float]] = ..., generation: _Optional[int] = ..., lease_id: _Optional[int] = ..., prep_ns: _Optional[int] = ..., copy_ns: _Optional[int] = ..., support: _Optional[_Union[Support, str]] = ..., knowledge: _Optional[_Union[Knowledge, str]] = ..., draw_key: _Optional[int] = ..., support_distance: _Optional[float] = ..., not_after_prefill: bool = ..., pool_id: _Optional[int] = ..., latency_pool_ns: _Optional[_Iterable[int]] = ..., host_ns: _Optional[int] = ...) -> None: ...

@@ -16,7 +16,7 @@ from step_oracle.v1 import oracle_service_pb2 as step__oracle_dot_v1_dot_oracle_
 from step_oracle.v1 import step_pb2 as step__oracle_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astep_oracle/v1/trace.proto\x12\x0estep_oracle.v1\x1a#step_oracle/v1/oracle_service.proto\x1a\x19step_oracle/v1/step.proto\"q\n\x0bTraceRecord\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.step_oracle.v1.TraceHeaderH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.TraceStepH\x00\x42\x08\n\x06record\"\xa3\x01\n\x0bTraceHeader\x12.\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1e.step_oracle.v1.EngineIdentity\x12,\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1c.step_oracle.v1.EngineConfig\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x11\n\twait_mode\x18\x05 \x01(\t\"\xf8\x01\n\tTraceStep\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.step_oracle.v1.StepRequest\x12(\n\x05reply\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.StepReply\x12\x13\n\x0b\x64ispatch_ns\x18\x03 \x01(\x04\x12\x17\n\x0f\x64\x65vice_start_ns\x18\x04 \x01(\x04\x12\x18\n\x10\x64\x65vice_finish_ns\x18\x05 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\x06 \x01(\x04\x12\x11\n\tanswer_ns\x18\x07 \x01(\x04\x12\x13\n\x0bresolved_ns\x18\x08 \x01(\x04\x12\x0e\n\x06leased\x18\t \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astep_oracle/v1/trace.proto\x12\x0estep_oracle.v1\x1a#step_oracle/v1/oracle_service.proto\x1a\x19step_oracle/v1/step.proto\"q\n\x0bTraceRecord\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.step_oracle.v1.TraceHeaderH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.TraceStepH\x00\x42\x08\n\x06record\"\xa3\x01\n\x0bTraceHeader\x12.\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1e.step_oracle.v1.EngineIdentity\x12,\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1c.step_oracle.v1.EngineConfig\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x11\n\twait_mode\x18\x05 \x01(\t\"\x8a\x02\n\tTraceStep\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.step_oracle.v1.StepRequest\x12(\n\x05reply\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.StepReply\x12\x13\n\x0b\x64ispatch_ns\x18\x03 \x01(\x04\x12\x17\n\x0f\x64\x65vice_start_ns\x18\x04 \x01(\x04\x12\x18\n\x10\x64\x65vice_finish_ns\x18\x05 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\x06 \x01(\x04\x12\x11\n\tanswer_ns\x18\x07 \x01(\x04\x12\x13\n\x0bresolved_ns\x18\x08 \x01(\x04\x12\x0e\n\x06leased\x18\t \x01(\x08\x12\x10\n\x08\x61\x66ter_ns\x18\n \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -28,5 +28,5 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_TRACEHEADER']._serialized_start=226
   _globals['_TRACEHEADER']._serialized_end=389
   _globals['_TRACESTEP']._serialized_start=392
-  _globals['_TRACESTEP']._serialized_end=640
+  _globals['_TRACESTEP']._serialized_end=658
 # @@protoc_insertion_point(module_scope)

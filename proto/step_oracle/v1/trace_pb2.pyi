@@ -29,7 +29,7 @@ class TraceHeader(_message.Message):
     def __init__(self, engine: _Optional[_Union[_oracle_service_pb2.EngineIdentity, _Mapping]] = ..., config: _Optional[_Union[_oracle_service_pb2.EngineConfig, _Mapping]] = ..., incarnation: _Optional[int] = ..., target: _Optional[str] = ..., wait_mode: _Optional[str] = ...) -> None: ...
 
 class TraceStep(_message.Message):
-    __slots__ = ("request", "reply", "dispatch_ns", "device_start_ns", "device_finish_ns", "deadline_ns", "answer_ns", "resolved_ns", "leased")
+    __slots__ = ("request", "reply", "dispatch_ns", "device_start_ns", "device_finish_ns", "deadline_ns", "answer_ns", "resolved_ns", "leased", "after_ns")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_NS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class TraceStep(_message.Message):
     ANSWER_NS_FIELD_NUMBER: _ClassVar[int]
     RESOLVED_NS_FIELD_NUMBER: _ClassVar[int]
     LEASED_FIELD_NUMBER: _ClassVar[int]
+    AFTER_NS_FIELD_NUMBER: _ClassVar[int]
     request: _step_pb2.StepRequest
     reply: _step_pb2.StepReply
     dispatch_ns: int
@@ -48,4 +49,5 @@ class TraceStep(_message.Message):
     answer_ns: int
     resolved_ns: int
     leased: bool
-    def __init__(self, request: _Optional[_Union[_step_pb2.StepRequest, _Mapping]] = ..., reply: _Optional[_Union[_step_pb2.StepReply, _Mapping]] = ..., dispatch_ns: _Optional[int] = ..., device_start_ns: _Optional[int] = ..., device_finish_ns: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., answer_ns: _Optional[int] = ..., resolved_ns: _Optional[int] = ..., leased: bool = ...) -> None: ...
+    after_ns: int
+    def __init__(self, request: _Optional[_Union[_step_pb2.StepRequest, _Mapping]] = ..., reply: _Optional[_Union[_step_pb2.StepReply, _Mapping]] = ..., dispatch_ns: _Optional[int] = ..., device_start_ns: _Optional[int] = ..., device_finish_ns: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., answer_ns: _Optional[int] = ..., resolved_ns: _Optional[int] = ..., leased: bool = ..., after_ns: _Optional[int] = ...) -> None: ...

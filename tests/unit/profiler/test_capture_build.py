@@ -61,6 +61,7 @@ def test_the_server_would_take_the_pack_and_its_manifest_is_the_engines(built: P
     assert (manifest.engine.max_num_seqs, manifest.engine.async_scheduling) == (64, False)
     assert (manifest.engine.attention_backend, manifest.engine.model_runner) == ("CPU_ATTN", "v1")
     assert (manifest.latency.prep_ns, manifest.latency.copy_ns) == (captures.PREP_NS, captures.COPY_NS)
+    assert manifest.latency.host == pack.HostTime(step_ns=captures.HOST_NS, request_ns=captures.HOST_NS_PER_REQUEST)
     assert manifest.licence == "CC0-1.0"
 
 
@@ -210,6 +211,27 @@ def test_what_steps_take_longer_after_a_pause_is_in_the_pack_and_not_in_its_othe
     evaluation = evaluate(tmp_path / "pack", tmp_path / "other")
     assert evaluation.overall.mape < 2.0
     assert abs(evaluation.overall.bias) < 1.0
+
+
+def test_stalls_of_the_host_and_steps_that_may_have_waited_are_not_its_time(tmp_path: Path) -> None:
+    made = captures.steps(400)
+    for at in range(0, 400, 5):
+        made[at] = made[at]._replace(host_ns=30_000_000 if at % 10 else 0)
+    captures.write_run(tmp_path, made)
+    built = build_pack(BuildRequest(tmp_path, licence="CC0-1.0"), tmp_path / "pack")
+
+    host = pack.check_pack(tmp_path / "pack").manifest.latency.host
+    assert host == pack.HostTime(step_ns=captures.HOST_NS, request_ns=captures.HOST_NS_PER_REQUEST)
+    assert "host 210 us + 1.50 us per request" in built.lines[1]
+
+
+def test_a_pack_says_nothing_of_a_host_that_the_capture_does_not_know(tmp_path: Path) -> None:
+    made = [step._replace(host_ns=step.host_ns if step.step_index < 31 else 0) for step in captures.steps(400)]
+    captures.write_run(tmp_path, made)
+    built = build_pack(BuildRequest(tmp_path, licence="CC0-1.0"), tmp_path / "pack")
+
+    assert isinstance(pack.check_pack(tmp_path / "pack").manifest.latency.host, msgspec.UnsetType)
+    assert "host not known" in built.lines[1]
 
 
 def test_a_few_steps_after_a_pause_tell_nothing_of_waking(tmp_path: Path) -> None:

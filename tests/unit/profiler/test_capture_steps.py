@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,6 +215,47 @@ def test_scheduler_and_worker_meet_in_one_step_with_the_tokens_that_came_out(tmp
     assert [step.generated_tokens for step in steps] == [1, 1]
     for step in steps:
         assert step.dispatch_ns <= step.device_start_ns <= step.device_end_ns <= step.result_ns
+
+
+def test_the_host_s_time_lies_between_a_result_and_the_next_step_without_the_capture_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that the test moves; the capture's own readings of it cost 1,000 each."""
+    now = [0]
+
+    def monotonic_ns() -> int:
+        now[0] += 1_000
+        return now[0]
+
+    monkeypatch.setattr("profiler.capture.recording.time.monotonic_ns", monotonic_ns)
+    scheduler = SchedulerRecording(tmp_path / "engine.capture")
+    monkeypatch.setattr(scheduler, "_writer", written := FakeWriter())
+    first, cached = output({"a": 10}, new_requests=(new("a", 10),)), (("a", 10, 1),)
+    alone, waited = output({"a": 1}, cached=cached), output({"b": 10}, new_requests=(new("b", 10),))
+    nothing = output({})
+    for step, pause_ns in ((first, 50), (alone, 70), (nothing, 30), (output({"a": 1}, cached=(("a", 11, 2),)), 40)):
+        now[0] += pause_ns
+        scheduler.dispatched(step)
+        if step is not nothing:
+            scheduler.finished(step, None)
+    now[0] += 60
+    scheduler.dispatched(waited)
+    scheduler.dispatched(in_flight := output({"a": 1}, cached=(("a", 12, 3),)))
+    for step in (waited, in_flight):
+        scheduler.finished(step, None)
+
+    # First one: nothing before it. Second: 70 and one reading. After a step without tokens, for a new request alone,
+    # and dispatched with no result since the step before: not known.
+    assert [step.host_ns for step in written.steps] == [0, 1_070, 0, 0, 0]
+
+
+class FakeWriter:
+    def __init__(self) -> None:
+        self.hook_ns = 0
+        self.steps: list[Any] = []
+
+    def append(self, step: Any) -> None:
+        self.steps.append(step)
 
 
 def test_steps_in_flight_together_keep_their_results_apart(tmp_path: Path) -> None:

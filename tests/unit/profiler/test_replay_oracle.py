@@ -6,7 +6,7 @@ import pytest
 
 from builders import build_composed_pack, plausible_operators
 from oracle_server.errors import AcceptanceUnknown, SupportRefused
-from oracle_server.pack import CompiledPack, compile_pack, load_compiled, open_oracle
+from oracle_server.pack import CompiledPack, compile_pack, host_time, load_compiled, open_oracle
 from oracle_server.rpc import wire
 from oracle_server.state.binding import Binding
 from oracle_server.state.identity import EngineIdentity
@@ -21,7 +21,7 @@ LARGEST = max(requests for requests, _ in plausible_operators()["generation_atte
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledPack:
     folder = tmp_path_factory.mktemp("pack")
-    build_composed_pack(folder / "pack", ratios=(0.9, 1.0, 1.2), prep_ns=700, copy_ns=300)
+    build_composed_pack(folder / "pack", ratios=(0.9, 1.0, 1.2), prep_ns=700, copy_ns=300, host=(5_000, 17))
     compile_pack(folder / "pack", folder / "compiled")
     return load_compiled(folder / "compiled")
 
@@ -42,7 +42,8 @@ def steps() -> list[pb.StepRequest]:
 
 
 def local(compiled: CompiledPack, **options: object) -> LocalOracle:
-    return LocalOracle(open_oracle(compiled), seed=11, engine_id=ENGINE, **options)  # type: ignore[arg-type]
+    host = host_time(compiled.manifest.latency)
+    return LocalOracle(open_oracle(compiled), seed=11, engine_id=ENGINE, host=host, **options)  # type: ignore[arg-type]
 
 
 def test_every_reply_is_the_server_s(compiled: CompiledPack) -> None:

@@ -35,6 +35,50 @@ def test_a_pause_is_told_from_the_device_s_last_finish_on() -> None:
     assert timeline.hand_over(third.dispatch_ns + 10 * SHORTEST_IDLE_NS)[1] == 0
 
 
+def next_step(
+    dispatch_ns: int, *, returned_ns: int = 1_000_000, goes_on: bool = True, host_ns: int = 3_000
+) -> StepTimes:
+    timeline = DeviceTimeline()
+    timeline.returned_ns = returned_ns
+    times, _ = timeline.hand_over(dispatch_ns, goes_on=goes_on)
+    timeline.settle(times, latency_ns=100, prep_ns=10, copy_ns=5, host_ns=host_ns)
+    return times
+
+
+@pytest.mark.parametrize("dispatch_ns", [1_000_001, 1_003_000, 1_900_000, 1_000_000 + SHORTEST_IDLE_NS - 1])
+def test_a_step_is_ready_when_the_real_host_would_have_it_ready_however_long_this_one_takes(dispatch_ns: int) -> None:
+    times = next_step(dispatch_ns)
+
+    assert (times.dispatch_ns, times.after_ns) == (dispatch_ns, 1_000_000)
+    assert (times.device_start_ns, times.deadline_ns) == (1_003_010, 1_003_115)
+
+
+def test_a_step_is_ready_at_its_dispatch_where_nothing_says_what_came_before() -> None:
+    late = 1_000_000 + SHORTEST_IDLE_NS
+    for times in (
+        next_step(1_900_000, host_ns=0),  # a pack that does not know it
+        next_step(1_900_000, goes_on=False),  # the engine may have waited for a request
+        next_step(1_900_000, returned_ns=0),  # the first, or the second of two that were handed over in a row
+        next_step(late),  # no host takes as long
+    ):
+        assert times.device_start_ns == times.dispatch_ns + 10
+
+
+def test_a_result_is_followed_by_one_step() -> None:
+    timeline = DeviceTimeline()
+    timeline.returned_ns = 1_000
+    assert [timeline.hand_over(1_500, goes_on=True)[0].after_ns for _ in range(2)] == [1_000, 0]
+
+
+def test_a_ready_step_waits_for_a_device_at_work() -> None:
+    timeline, before = DeviceTimeline(), StepTimes(1_000)
+    timeline.settle(before, latency_ns=9_000, prep_ns=0, copy_ns=0)
+    timeline.returned_ns = 900
+    times, _ = timeline.hand_over(1_100, goes_on=True)
+    timeline.settle(times, latency_ns=100, prep_ns=10, copy_ns=5, host_ns=50)
+    assert times.device_start_ns == before.device_finish_ns
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 10**9), st.integers(1, 10**9), st.integers(0, 10**6)), min_size=1, max_size=50)
 )

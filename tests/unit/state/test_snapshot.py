@@ -11,7 +11,7 @@ import pytest
 
 from builders import decode_query
 from oracle_server.errors import AcceptanceUnknown, BadStep, NoRuleMatches, StaleGeneration, SupportRefused
-from oracle_server.pack import Latency, WakePoint
+from oracle_server.pack import HostTime, Latency, WakePoint
 from oracle_server.sampling import draws
 from oracle_server.sampling.answer import Answer
 from oracle_server.sampling.shape import StepQuery
@@ -23,6 +23,7 @@ from oracle_server.state.snapshot import (
     LENGTH_IGNORE_EOS,
     LENGTH_NONE,
     LENGTH_TABLE,
+    EnginePlan,
     LoadedPack,
     NewRequest,
     Snapshot,
@@ -57,7 +58,10 @@ class Fixed:
 
 
 def snapshot(oracle: Fixed | None = None, **binding: Any) -> Snapshot:
-    latency = Latency(wake=(WakePoint(idle_ns=100, extra_ns=40), WakePoint(idle_ns=300, extra_ns=60)))
+    latency = Latency(
+        wake=(WakePoint(idle_ns=100, extra_ns=40), WakePoint(idle_ns=300, extra_ns=60)),
+        host=HostTime(step_ns=1_000, request_ns=20),
+    )
     manifest = cast(Any, SimpleNamespace(coverage={"max_tokens": 99}, latency=latency))
     packs = {digest: LoadedPack(digest, manifest, oracle or Fixed()) for digest in ("a", "b")}
     return Snapshot("tenants/default/experiments/e", 3, Binding(**{"default_pack_digest": "a", **binding}), packs)
@@ -92,6 +96,18 @@ def test_a_step_after_a_pause_is_prepared_for_longer() -> None:
 
         assert [answer.prep_ns - plan.prep_ns for answer in answers] == expected
         assert len({answer._replace(prep_ns=0) for answer in answers}) == 1
+
+
+def test_the_host_takes_as_long_as_the_pack_says_for_so_many_requests() -> None:
+    chunks = QUERY._replace(chunk_tokens=(5, 6), chunk_context=(0, 0), num_decode_requests=7)
+    for time_scale, per_step, per_request in ((1.0, 1_000, 20), (0.5, 500, 10), (1e-9, 1, 0)):
+        plan = snapshot(time_scale=time_scale).plan(ENGINE)
+
+        assert plan.answer(3, chunks, (), ()).host_ns == plan.host_ns(9) == per_step + 9 * per_request
+    nameless = snapshot()
+    manifest = cast(Any, SimpleNamespace(coverage={}, latency=Latency()))
+    plan = EnginePlan(nameless, LoadedPack("c", manifest, Fixed()), ENGINE)
+    assert plan.answer(3, chunks, (), ()).host_ns == plan.host_ns(9) == 0
 
 
 def test_only_engines_that_a_varying_overlay_touches_go_without_leases() -> None:
