@@ -47,21 +47,22 @@ def test_a_pause_is_in_effect_when_it_returns_and_over_when_the_capture_goes_on(
     assert not list(tmp_path.glob(f"*{PAUSED}*"))
 
 
-def test_ranks_rest_after_their_scheduler_and_go_on_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler_first", [True, False])
+def test_ranks_rest_after_their_scheduler_and_go_on_before_it(tmp_path: Path, scheduler_first: bool) -> None:
     """Whatever order the writers look in: a step the scheduler records is one that the ranks record."""
     scheduler, *ranks = made(tmp_path, "engine", "rank-0", "rank-1")
-    others = made(tmp_path, "engine-dp1", "rank-0-dp1")
+    order = [scheduler, *ranks] if scheduler_first else [*ranks, scheduler]
     seen = []
 
     def sleep(_: float) -> None:
-        for each in (*ranks, *others, scheduler):
+        for each in order:
             each.look(is_written=True)
             seen.append((scheduler.is_on, [rank.is_on for rank in ranks]))
 
     pause(tmp_path, sleep)
     resume(tmp_path, sleep)
 
-    assert [True, True] in [on for _, on in seen]
+    assert (True, [True, True]) in seen
     assert all(scheduler_on or not any(on) for scheduler_on, on in seen)
 
 
@@ -71,8 +72,16 @@ def test_a_rank_waits_for_its_own_scheduler_and_a_scheduler_for_its_own_ranks(tm
     first, second = made(tmp_path, "rank-0", "rank-0-dp1")
     for each in (first, second):
         each.look(is_written=True)
-
     assert (first.is_on, second.is_on) == (False, True)
+
+    schedulers = made(tmp_path, "engine", "engine-dp1")
+    for each in schedulers:
+        each.look(is_written=True)
+    (tmp_path / "rank-0-dp1.paused").touch()
+    (tmp_path / PAUSED).unlink()
+    for each in schedulers:
+        each.look(is_written=True)
+    assert [each.is_on for each in schedulers] == [False, True]
 
 
 def test_the_answer_waits_for_steps_in_flight_and_for_the_file(tmp_path: Path) -> None:
@@ -93,7 +102,8 @@ def test_the_answer_waits_for_steps_in_flight_and_for_the_file(tmp_path: Path) -
 def test_an_engine_that_does_not_follow_is_told_and_not_left_paused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no captured engine has started"):
         pause(tmp_path)
-    pauses, slept = made(tmp_path, "engine", "rank-0"), []
+    pauses = made(tmp_path, "engine", "rank-0")
+    slept: list[float] = []
     with pytest.raises(InvalidArgument, match="does not rest"):
         pause(tmp_path, slept.append)
     assert sum(slept) == pytest.approx(30)
@@ -205,7 +215,8 @@ def test_a_step_in_flight_as_the_pause_begins_is_recorded_by_both(run: Path) -> 
     """The answer comes only when it is written."""
     engine = Engine(run)
     engine.step()
-    scheduled, begun = engine.schedule(), []
+    scheduled = engine.schedule()
+    begun: list[bool] = []
 
     def sleep(seconds: float) -> None:
         if engine.scheduler._pause.is_on and not begun:
@@ -221,6 +232,22 @@ def test_a_step_in_flight_as_the_pause_begins_is_recorded_by_both(run: Path) -> 
     assert begun == [True]
     assert [step.step_index for step in found.steps] == [0, 1]
     assert found.notes == ()
+
+
+def test_a_file_is_settled_when_none_of_its_steps_is_in_flight(run: Path) -> None:
+    engine = Engine(run)
+    pauses = (engine.scheduler._pause, engine.worker._pause)
+    told = [[each._is_settled() for each in pauses]]
+    scheduled = engine.schedule()
+    engine.worker.begin(scheduled.total_num_scheduled_tokens)
+    told.append([each._is_settled() for each in pauses])
+    engine.worker.end()
+    told.append([each._is_settled() for each in pauses])
+    engine.finish(scheduled)
+    told.append([each._is_settled() for each in pauses])
+    engine.close()
+
+    assert told == [[True, True], [False, False], [False, True], [True, True]]
 
 
 def test_what_the_hooks_take_in_a_pause_is_not_told_of_the_steps_that_are_captured(run: Path) -> None:
