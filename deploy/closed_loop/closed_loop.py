@@ -2,10 +2,11 @@
 
 Or one on a GPU: --vllm names its environment.
 
-Each repeat captures a part of the plan on an engine of its own, builds a pack of all parts so far and activates it on
-the emulated engine; then the real engine and the emulated one serve the same workloads in turn. Engines that do not
-serve are stopped meanwhile, and on a CPU one core belongs to the model alone. With several lengths of plan there
-is a pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
+The process that is captured is the one that serves as the real engine: two processes of one engine differ in speed.
+Each repeat drives a part of the plan on it, builds a pack of that part and activates it on the emulated engine; then
+the capture rests, and the real engine and the emulated one serve the same workloads in turn. Engines that do not serve
+are stopped meanwhile, and on a CPU one core belongs to the model alone. With several lengths of plan there is a part
+and a pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
 from environments import shim_site
 from oracle_process import OracleProcess
+from profiler.capture.launch import capture_command
 
 SEED = 20260921
 REAL = "real"
@@ -103,28 +105,23 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
     if options.steady:
         install_steady_device(site)
         worker = ("--worker-cls", STEADY_WORKER)
-    told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
-    progress.say(f"2/4 capture: a real engine and the first of {options.repeats} parts of a plan of {told} minutes")
-    planner = Planner(machine, model, site, folder, options.repeats, options.kind, progress, worker)
-    packs = [planner.next_pack(minutes, None) for minutes in options.minutes]
-    progress.say("3/4 the oracle server, the real engine and the emulated one")
+    progress.say("2/4 the oracle server, and the real engine, which is captured")
     with contextlib.ExitStack() as running:
         with machine.beside_the_model():
             server = running.enter_context(OracleProcess(folder / "state"))
-        at = ("--target", server.target)
-        for plan in packs:
-            step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
-        step_oracle(
-            *("experiment", "create", "default", "--pack", str(packs[0].pack), "--seed", "1", *at), next_step=KEEP
+        captured = capture_command(("vllm", *machine.serve, *worker), folder / "capture", machine.real_variables)
+        real = running.enter_context(
+            _engine(machine, model, site, folder / "real.log", captured.arguments[1:], captured.environment)
         )
-        real = running.enter_context(_engine(machine, model, site, folder / "real.log", None, worker))
-        emulated = running.enter_context(_engine(machine, model, site, folder / "emulated.log", server.target))
-        for name, engine in (("real", real), ("emulated", emulated)):
-            try:
-                engine.wait_ready()
-            except EngineFailed:
-                raise DemoFailed(f"the {name} engine is not ready:\n{tail(engine.log_path)}", KEEP) from None
-            machine.settle(engine.pid)
+        _wait_ready(real, "real", machine)
+        told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
+        progress.say(f"3/4 the first of {options.repeats} parts of a plan of {told} minutes, and the emulated engine")
+        planner = Planner(machine, real.base_url, captured.run, folder, options.repeats, options.kind, progress)
+        parts = [planner.next_part(minutes, None) for minutes in options.minutes]
+        with _stopped([real]):
+            packs = [planner.pack_of(part, None) for part in parts]
+            emulated = running.enter_context(_emulated_engine(machine, model, site, folder, packs, server.target))
+            _wait_ready(emulated, "emulated", machine)
         with _stopped([emulated]), machine.beside_the_model():
             capacity = measured_capacity(
                 machine.vllm,
@@ -141,7 +138,7 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
             f"4/4 {runs} runs of about {options.seconds:g} s, real and emulated in turn; the full real engine serves "
             f"{capacity:.2f} requests/s"
         )
-        loop = _Loop(options, workloads, folder, progress, planner, real, emulated, server.target)
+        loop = _Loop(options, workloads, machine, model, site, folder, progress, planner, real, emulated, server.target)
         measured = loop.measure(packs)
     if options.steady:
         progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
@@ -154,6 +151,9 @@ class _Loop:
 
     options: Options
     workloads: Sequence[Workload]
+    machine: Machine
+    model: Path
+    site: Path
     folder: Path
     progress: Progress
     planner: Planner
@@ -186,8 +186,10 @@ class _Loop:
         ]
 
     def _next_packs(self, packs: Sequence[PlanPack]) -> list[PlanPack]:
+        with _stopped([self.emulated]):
+            parts = [self.planner.next_part(plan.minutes, plan) for plan in packs]
         with _stopped([self.real, self.emulated]):
-            found = [self.planner.next_pack(plan.minutes, plan) for plan in packs]
+            found = [self.planner.pack_of(part, plan) for part, plan in zip(parts, packs, strict=True)]
         for plan in found:
             step_oracle("pack", "upload", str(plan.pack), "--target", self.target, next_step=KEEP)
         if len(found) == 1:
@@ -204,13 +206,13 @@ class _Loop:
         engine, other = (self.real, self.emulated) if plan is None else (self.emulated, self.real)
         if plan is not None and len(self.options.minutes) > 1:
             self._activate(plan)
-        with _stopped([other]), self.planner.machine.beside_the_model():
+        with _stopped([other]), self.machine.beside_the_model():
             return run_bench(
-                self.planner.machine.vllm,
+                self.machine.vllm,
                 workload,
                 engine.base_url,
-                model=self.planner.model,
-                site=self.planner.site,
+                model=self.model,
+                site=self.site,
                 folder=folder,
                 seconds=self.options.seconds,
                 # The same requests every time.
@@ -239,22 +241,49 @@ def _machine(options: Options, folder: Path, progress: Progress) -> tuple[Machin
     return cpu_machine(), small_model(folder / "tiny", **(STEADY_MODEL if options.steady else {}))
 
 
-def _engine(
-    machine: Machine, model: Path, site: Path, log_path: Path, target: str | None, more: Sequence[str] = ()
+def _emulated_engine(
+    machine: Machine, model: Path, site: Path, folder: Path, packs: Sequence[PlanPack], target: str
 ) -> EngineProcess:
-    variables: Mapping[str, str] = {"STEP_ORACLE_ENGINE_ID": "emulated"} if target else machine.real_variables
+    """Started; it answers from the first of these packs, all of which the server has."""
+    at = ("--target", target)
+    for plan in packs:
+        step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
+    step_oracle(*("experiment", "create", "default", "--pack", str(packs[0].pack), "--seed", "1", *at), next_step=KEEP)
+    arguments = (*machine.serve, *machine.emulated_serve)
+    return _engine(
+        machine, model, site, folder / "emulated.log", arguments, {"STEP_ORACLE_ENGINE_ID": "emulated"}, target
+    )
+
+
+def _engine(
+    machine: Machine,
+    model: Path,
+    site: Path,
+    log_path: Path,
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    target: str | None = None,
+) -> EngineProcess:
     return EngineProcess(
         machine.vllm,
         model,
         target=target,
         site=site,
         log_path=log_path,
-        extra_args=(*machine.serve, *(machine.emulated_serve if target else ()), *more),
+        extra_args=arguments,
         extra_env=variables,
-        # The client's, as the captured engine's is its plan's: Linux shares a core between sessions first, and an
-        # engine core that spins beside a client of another session gets less of it (README.md).
+        # The client's and the plan's: Linux shares a core between sessions first, and an engine core that spins beside
+        # a client of another session gets less of it (README.md).
         own_session=False,
     )
+
+
+def _wait_ready(engine: EngineProcess, name: str, machine: Machine) -> None:
+    try:
+        engine.wait_ready()
+    except EngineFailed:
+        raise DemoFailed(f"the {name} engine is not ready:\n{tail(engine.log_path)}", KEEP) from None
+    machine.settle(engine.pid)
 
 
 def _write(options: Options, comparisons: Sequence[Comparison]) -> None:
@@ -312,7 +341,9 @@ def _options() -> Options:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write per_rate_deltas.csv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs, capture, pack and runs in this new folder")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep logs, capture, packs and runs in this new folder"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 where a mean is beyond its bound (longest plan)")
     given = parser.parse_args()
     if given.keep is not None and given.keep.exists():

@@ -28,17 +28,14 @@ _OF_A_CPU = (
     *(*_OF_ALL, "--enforce-eager", "--dtype", "float32"),
     *("--max-model-len", "2048", "--max-num-batched-tokens", "512", "--max-num-seqs", "32"),
 )
-# Two engines are on the device while a later part of the plan is captured, one of them stopped.
-_OF_A_DEVICE = (
-    *(*_OF_ALL, "--gpu-memory-utilization", "0.45"),
-    *("--max-model-len", "4096", "--max-num-batched-tokens", "2048", "--max-num-seqs", "64"),
-)
+# One engine is on the device, so its memory is shared as vLLM does it by itself.
+_OF_A_DEVICE = (*_OF_ALL, "--max-model-len", "4096", "--max-num-batched-tokens", "2048", "--max-num-seqs", "64")
 _VERSION = "import vllm; print(vllm.__version__)"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One vLLM and what its engines are told; the same for the real, the captured and the emulated one but where said.
+    """One vLLM and what its engines are told; the same for the real and the emulated one but where said.
 
     `users`: so many at once keep an engine full.
     """

@@ -1,16 +1,15 @@
-"""Captures of plans of one length or several, a pack of each, and how much a longer plan buys.
+"""Parts of plans of one length or several on the captured engine, a pack of each, and how much a longer plan buys.
 
-A plan is driven in parts, one before each repeat of the runs, and a pack is made of all parts so far: the speed of a
-machine that others use too drifts by more within minutes than a model is wrong.
+A plan is driven in parts, one before each repeat of the runs, and a repeat is served from the pack of its part alone:
+the speed of a machine that others use too drifts by more within minutes than a model is wrong.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
+import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rich import box
@@ -19,20 +18,25 @@ from rich.table import Table
 
 from deploy.closed_loop.comparison import COLUMNS, DELTAS, Comparison
 from deploy.closed_loop.machine import Machine
-from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
-from engine_process import engine_variables, free_port
-from profiler.capture.launch import runs_of
+from deploy.demo.progress import DemoFailed, Progress, step_oracle
+from oracle_server.errors import InvalidArgument
+from profiler.capture.command import summary_lines
+from profiler.capture.driver import PlanOptions, PlanResult, drive
+from profiler.capture.pause import pause, resume
+from profiler.capture.steps import CapturedRun, Overhead, read_capture
 
-KEEP = "ARGS='--keep DIR' keeps every log, the captures and the packs"
+KEEP = "ARGS='--keep DIR' keeps every log, the capture and the packs"
+# As the command does where it is not told: percent.
+_TARGET = 1.0
 # Label of a row and key of LLM-Emu's columns.
 _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), ("tokens/s", "tps"))
 
 
 @dataclass(frozen=True)
 class PlanPack:
-    """A pack of the parts so far of a plan of this length.
+    """The pack of the last part there is of a plan of this length.
 
-    `seconds`: of all captures, from the engine's start to its end; `steps`: what they hold.
+    `seconds`: the parts so far took to drive; `steps`: what they hold beside a warm-up.
     """
 
     minutes: float
@@ -53,77 +57,127 @@ class PlanPack:
     def told(self) -> str:
         """For people, in one line."""
         return (
-            f"plan of {self.minutes:g} minutes in {self.parts} parts: {self.steps} steps; of {self.regions} regions "
-            f"{self.tight} tight in the last part, {self.measured} measured; {self.seconds / 60:.1f} minutes with the "
-            "engine's starts and ends"
+            f"plan of {self.minutes:g} minutes in {self.parts} parts, a pack of each: {self.steps} steps; of "
+            f"{self.regions} regions the last part measured {self.measured}, {self.tight} tight; driven for "
+            f"{self.seconds / 60:.1f} minutes"
         )
 
 
 @dataclass(frozen=True)
+class PlanPart:
+    """A part that was driven: which, and where its steps are in the capture."""
+
+    minutes: float
+    number: int
+    seconds: float
+    result: PlanResult
+    slice: PartSlice
+
+
+@dataclass(frozen=True)
+class PartSlice:
+    """A part of a run that goes on: its own steps and overhead, and what `build` is told to take it alone."""
+
+    run: CapturedRun
+    skip_steps: int
+    most_steps: int
+
+
+def slice_of(whole: CapturedRun, before: CapturedRun | None) -> PartSlice:
+    """What was captured since the run was read as `before`; None: since its beginning."""
+    earlier = before.steps if before else ()
+    steps = whole.steps[len(earlier) :]
+    overhead = _since(whole, before) if before and steps else whole.overhead
+    return PartSlice(
+        replace(whole, steps=steps, overhead=overhead),
+        skip_steps=sum(not step.warm_up for step in earlier),
+        most_steps=sum(not step.warm_up for step in steps),
+    )
+
+
+def _since(whole: CapturedRun, before: CapturedRun) -> Overhead:
+    """Each figure is a mean over the steps of its run."""
+    count, earlier = len(whole.steps), len(before.steps)
+    means = {
+        field.name: (count * getattr(whole.overhead, field.name) - earlier * getattr(before.overhead, field.name))
+        / (count - earlier)
+        for field in fields(Overhead)
+    }
+    return Overhead(**means)
+
+
+@dataclass(frozen=True)
+class _DrivenEngine:
+    """Where the plan finds the real engine; the loop gives it no key, so it takes any."""
+
+    base_url: str
+    api_key: str = "none"
+
+
 class Planner:
-    """Captures the next part of a plan, and builds the pack of all parts there are."""
+    """Drives the captured engine through the next part of a plan, and builds the pack of that part.
 
-    machine: Machine
-    model: Path
-    site: Path
-    folder: Path
-    parts: int
-    kind: str
-    progress: Progress
-    # Further arguments of the engine that is captured.
-    serve_arguments: Sequence[str] = ()
+    Between parts the capture rests. Used by the main thread.
+    """
 
-    def next_pack(self, minutes: float, before: PlanPack | None) -> PlanPack:
-        """The pack of one part more than the one before; None: there is none yet."""
-        name, part, begin = f"{minutes:g}m", before.parts + 1 if before else 1, time.monotonic()
-        capture, pack = self.folder / f"capture-{name}", self.folder / f"pack-{name}-{part}"
-        said = self._capture(self.folder / f"capture-{name}-{part}", minutes / self.parts)
-        seconds = time.monotonic() - begin
-        capture.mkdir(exist_ok=True)
-        # Each part is a folder of its own, so that it visits what the parts before it have visited too.
-        for run in runs_of(self.folder / f"capture-{name}-{part}"):
-            (capture / f"run-{part:03d}").symlink_to(run)
-        built = step_oracle("build", str(capture), "--kind", self.kind, "-o", str(pack), next_step=KEEP)
-        if part == self.parts:
-            print(built, flush=True)
-        tight, regions, measured, steps = _counts(said)
-        earlier = (before.seconds, before.steps) if before else (0.0, 0)
-        return PlanPack(minutes, pack, earlier[0] + seconds, earlier[1] + steps, tight, measured, regions, part)
+    def __init__(
+        self, machine: Machine, base_url: str, run: Path, folder: Path, parts: int, kind: str, progress: Progress
+    ) -> None:
+        """`run`: the folder the engine is captured into; `parts`: of each plan."""
+        self._machine, self._engine, self._run, self._folder = machine, _DrivenEngine(base_url), run, folder
+        self._parts, self._kind, self._progress = parts, kind, progress
+        # The run as it was when the last part had been driven.
+        self._captured: CapturedRun | None = None
 
-    def _capture(self, folder: Path, minutes: float) -> list[str]:
-        """Run the command as a user does; what it said about its plan and its run."""
-        python = str(self.machine.vllm.python)
-        serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--load-format", "dummy"]
-        serve += ["--host", "127.0.0.1", "--port", str(free_port()), *self.machine.serve, *self.serve_arguments]
-        command = [python, "-m", "profiler.cli", "capture", "-o", str(folder), "--plan"]
-        log_path = folder.with_suffix(".log")
-        with log_path.open("wb") as log:
-            capture = subprocess.Popen(
-                [*command, "--minutes", f"{minutes:g}", "--", *serve],
-                env={**engine_variables(self.site, None), **self.machine.real_variables},
-                cwd=folder.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+    def next_part(self, minutes: float, before: PlanPack | None) -> PlanPart:
+        """One part more of the plan of this length; None: it is the first. Afterwards all of it is in the files."""
+        number, begin = before.parts + 1 if before else 1, time.monotonic()
+        options = PlanOptions(minutes / self._parts, _TARGET, is_further_part=self._captured is not None)
+        log = (self._folder / f"plan-{minutes:g}m-{number}.log").open("w", encoding="utf-8")
         try:
-            while capture.poll() is None:
-                if "step-oracle: plan:" in log_path.read_text(encoding="utf-8", errors="replace"):
-                    self.machine.settle(capture.pid)
-                    break
-                time.sleep(0.2)
-            capture.wait()
-        finally:
-            # The first SIGTERM ends the engine, then the capture.
-            capture.terminate()
-            capture.wait()
-        if capture.returncode:
-            raise DemoFailed(f"the capture ended with {capture.returncode}:\n{tail(log_path)}", KEEP)
-        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line for line in lines if line.startswith(("run-", "  capture took", "  note", "step-oracle: plan:"))]
-        for line in told:
-            self.progress.say(f"    {line.strip()}")
-        return told
+            resume(self._run)
+            with log, contextlib.redirect_stdout(log), self._machine.beside_the_model():
+                result = drive(self._engine, self._run, options)
+            pause(self._run)
+            runs = read_capture(self._run)
+        except InvalidArgument as error:
+            raise DemoFailed(f"the plan was not driven: {error.message}", KEEP) from None
+        if len(runs) > 1:
+            raise DemoFailed(f"the engine has {len(runs)} data-parallel ranks", "the loop compares engines of one")
+        part = slice_of(runs[0], self._captured)
+        if not part.most_steps:
+            raise DemoFailed(f"the part of {options.minutes:.2g} minutes holds no step", "give the plan more --minutes")
+        self._captured = runs[0]
+        seconds = time.monotonic() - begin
+        self._tell(minutes, number, seconds, result, part)
+        return PlanPart(minutes, number, seconds, result, part)
+
+    def pack_of(self, part: PlanPart, before: PlanPack | None) -> PlanPack:
+        """The pack of this part alone, which is the one after the pack `before`."""
+        pack = self._folder / f"pack-{part.minutes:g}m-{part.number}"
+        steps = ("--skip-steps", str(part.slice.skip_steps), "--most-steps", str(part.slice.most_steps))
+        built = step_oracle(*("build", str(self._run), "--kind", self._kind, "-o", str(pack)), *steps, next_step=KEEP)
+        if part.number == self._parts:
+            print(built, flush=True)
+        seconds, count = (before.seconds, before.steps) if before else (0.0, 0)
+        return PlanPack(
+            part.minutes,
+            pack,
+            seconds + part.seconds,
+            count + part.slice.most_steps,
+            part.result.tight,
+            part.result.measured,
+            part.result.regions,
+            part.number,
+        )
+
+    def _tell(self, minutes: float, number: int, seconds: float, result: PlanResult, part: PartSlice) -> None:
+        self._progress.say(
+            f"    part {number} of the plan of {minutes:g} minutes: {result.tight} of {result.regions} regions tight, "
+            f"{result.measured} measured, {seconds:.0f} s"
+        )
+        for line in summary_lines(part.run):
+            self._progress.say(f"    {line.strip()}")
 
 
 def print_errors_by_plan(packs: Sequence[PlanPack], comparisons: Sequence[Comparison]) -> None:
@@ -159,13 +213,3 @@ def _noise(comparisons: Sequence[Comparison], metric: str) -> tuple[str, str]:
 
 def _column(metric: str) -> str:
     return next(key for column, key in DELTAS.items() if column.startswith(metric))
-
-
-def _counts(told: Sequence[str]) -> tuple[int, int, int, int]:
-    """(tight, regions, measured, steps) as the capture says them."""
-    text = "\n".join(told)
-    plan = re.search(r"(\d+) of (\d+) regions tight, (\d+) measured", text)
-    steps = re.search(r"(?m)^run-\d+: (\d+) steps", text)
-    if plan is None or steps is None:
-        raise DemoFailed(f"the capture does not say what it measured:\n{text}", KEEP)
-    return int(plan[1]), int(plan[2]), int(plan[3]), int(steps[1])

@@ -60,6 +60,8 @@ class BuildRequest:
     kind: str = "hybrid"
     # First steps of every run to leave out; those of a plan's warm-up are left out by themselves.
     skip_steps: int = 0
+    # So many steps of every run after those, as skip_steps counts them; None: all.
+    most_steps: int | None = None
     licence: str = "unknown"
     name: str | None = None
 
@@ -78,7 +80,7 @@ def build_pack(request: BuildRequest, directory: Path, *, created: datetime | No
         raise InvalidArgument(f"kind {request.kind!r} is none of {', '.join(KINDS)}", field="kind")
     runs = read_capture(request.capture)
     _check_same(runs)
-    kept, left_out = _usable(runs, request.skip_steps)
+    kept, left_out = _usable(runs, request.skip_steps, request.most_steps)
     steps = [step for run in kept for step in run.steps]
     if not steps:
         raise InvalidArgument(f"{request.capture} holds no usable step ({_told(left_out)})", field="capture")
@@ -154,16 +156,19 @@ def _check_same(runs: Sequence[CapturedRun]) -> None:
             )
 
 
-def _usable(runs: Sequence[CapturedRun], skip: int) -> tuple[list[CapturedRun], dict[str, int]]:
-    kept, warm, skipped, empty = [], 0, 0, 0
+def _usable(runs: Sequence[CapturedRun], skip: int, most: int | None) -> tuple[list[CapturedRun], dict[str, int]]:
+    kept, warm, skipped, beyond, empty = [], 0, 0, 0, 0
     for run in runs:
         after = [step for step in run.steps if not step.warm_up]
         warm += len(run.steps) - len(after)
         skipped += min(skip, len(after))
-        steps = [step for step in after[skip:] if step.latency_ns > 0]
-        empty += len(after[skip:]) - len(steps)
+        asked = after[skip:] if most is None else after[skip : skip + most]
+        beyond += len(after[skip:]) - len(asked)
+        steps = [step for step in asked if step.latency_ns > 0]
+        empty += len(asked) - len(steps)
         kept.append(replace(run, steps=tuple(steps)))
-    left_out = {"of the warm-up": warm, "first of a run": skipped, "without a latency": empty}
+    left_out = {"of the warm-up": warm, "first of a run": skipped, "after those asked for": beyond}
+    left_out["without a latency"] = empty
     return kept, {reason: count for reason, count in left_out.items() if count}
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from oracle_server.errors import InvalidArgument
-from profiler.capture.engine import CapturedEngine
 from profiler.capture.launch import runs_of
 from profiler.capture.plan import (
     FEWEST_STEPS,
@@ -59,6 +58,18 @@ class PlanOptions:
 
     minutes: float
     target_percent: float
+    # The engine was driven before in this run: it is warm, and nothing that was measured before counts, here or in
+    # earlier runs. Each part of a plan visits what the parts before it visited.
+    is_further_part: bool = False
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Regions of a plan: known to the target, measured at all, and how many there are."""
+
+    tight: int
+    measured: int
+    regions: int
 
 
 @dataclass
@@ -121,6 +132,15 @@ class Coverage:
         return tokens * self.prefill_seconds / self.prefill_tokens if self.prefill_tokens else 0.0
 
 
+class Engine(Protocol):
+    """A captured engine that is ready: CapturedEngine, or whatever else knows where it answers."""
+
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def api_key(self) -> str: ...
+
+
 class Requests(Protocol):
     """What the driver asks of an engine: PlanRequests."""
 
@@ -132,8 +152,11 @@ class Requests(Protocol):
     ) -> None: ...
 
 
-def drive(engine: CapturedEngine, run: Path, options: PlanOptions) -> None:
-    """Visit the plan's regions until each is tight or the time is over."""
+def drive(engine: Engine, run: Path, options: PlanOptions) -> PlanResult:
+    """Visit the plan's regions until each is tight or the time is over. `run`: the folder the engine is captured into.
+
+    Raises InvalidArgument where the engine fails, or where its steps do not reach the capture.
+    """
     path = run / "engine.json"
     if not path.exists():
         message = (
@@ -144,7 +167,7 @@ def drive(engine: CapturedEngine, run: Path, options: PlanOptions) -> None:
     facts = json.loads(path.read_text(encoding="utf-8"))["engine"]
     vocabulary = re.search(r"vocab=(\d+)", facts["model_shape"])
     requests = PlanRequests(engine.base_url, engine.api_key, int(vocabulary[1]) if vocabulary else None)
-    asyncio.run(PlanDriver(requests, run, limits_of(facts), options).drive())
+    return asyncio.run(PlanDriver(requests, run, limits_of(facts), options).drive())
 
 
 class PlanDriver:
@@ -174,16 +197,20 @@ class PlanDriver:
         self._lengths: dict[Visit, Iterator[int]] = {}
         self._begin = time.monotonic()
 
-    async def drive(self) -> None:
+    async def drive(self) -> PlanResult:
         """Raises InvalidArgument where the engine fails, or where its steps do not reach the capture."""
         await self._requests.open()
-        self._take_earlier_runs()
+        if self._options.is_further_part:
+            self._tail.new_steps()
+        else:
+            self._take_earlier_runs()
         known = self._coverage.tight(self._options.target_percent)
         plan = self._coverage.plan
         measured = self._coverage.measured()
         self._event("plan begins", regions=len(plan), known=known, measured=measured, minutes=self._options.minutes)
         self._say(f"plan: {len(plan)} regions, {known} known from earlier runs, {self._options.minutes:g} minutes")
-        await self._warm_up()
+        if not self._options.is_further_part:
+            await self._warm_up()
         self._begin = time.monotonic()
         await self._pauses()
         for number in range(_MOST_PASSES):
@@ -194,6 +221,7 @@ class PlanDriver:
         self._event("plan ends", tight=tight, measured=seen, regions=len(plan))
         self._say(f"plan: {tight} of {len(plan)} regions tight, {seen} measured, {self._spent():.0f} s")
         await self._requests.close()
+        return PlanResult(tight, seen, len(plan))
 
     def _take_earlier_runs(self) -> None:
         for run in runs_of(self._run.parent):

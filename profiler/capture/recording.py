@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from profiler.capture.device_times import CudaEventClock, DeviceStepTimes, HostClock
+from profiler.capture.pause import Pause
 from profiler.capture.trace_file import CaptureWriter
 from step_oracle.v1 import capture_pb2 as pb
 from vllm_shim import __version__
@@ -27,7 +28,9 @@ class SchedulerRecording:
         self._resumed_ns = 0
         # Steps dispatched and not finished, oldest first: (scheduler output, step).
         self._open: deque[tuple[Any, pb.ScheduledStep]] = deque()
-        self._writer = CaptureWriter(path, _header(data_parallel_rank=data_parallel_rank), scheduled_block)
+        self._pause = Pause(path, is_settled=lambda: not self._open)
+        header = _header(data_parallel_rank=data_parallel_rank)
+        self._writer = CaptureWriter(path, header, scheduled_block, pause=self._pause)
 
     def dispatched(self, output: Any) -> None:
         """`schedule` returned: the step goes to the executor next."""
@@ -35,6 +38,9 @@ class SchedulerRecording:
         resumed_ns, self._resumed_ns = self._resumed_ns, 0
         self._step_index += 1
         scheduled = self._reader.read(output)
+        if self._pause.is_on:
+            # Whatever is told from one step to the next is forgotten above: nothing spans a pause.
+            return
         if not output.total_num_scheduled_tokens:
             return
         goes_on = resumed_ns and output.scheduled_cached_reqs.req_ids
@@ -48,6 +54,9 @@ class SchedulerRecording:
 
     def finished(self, output: Any, result: Any) -> None:
         """`update_from_output` is called: the step's result is here. Results come in the order of the steps."""
+        if not any(dispatched is output for dispatched, _ in self._open):
+            # Without tokens, or dispatched in a pause: those that are open come later.
+            return
         result_ns = time.monotonic_ns()
         while self._open:
             dispatched, step = self._open.popleft()
@@ -82,13 +91,14 @@ class WorkerRecording:
         self._clock = clock
         self._step_index = -1
         self._step: DeviceStepTimes | None = None
-        self._writer = CaptureWriter(path, header, partial(device_block, clock), begin_thread)
+        self._pause = Pause(path, is_settled=lambda: self._step is None)
+        self._writer = CaptureWriter(path, header, partial(device_block, clock), begin_thread, self._pause)
 
     def begin(self, total_tokens: int) -> None:
         """The worker is called with a step."""
         entry_ns = time.monotonic_ns()
         self._step_index += 1
-        if not total_tokens:
+        if not total_tokens or self._pause.is_on:
             return
         self._step = DeviceStepTimes(self._step_index, total_tokens, entry_ns)
         self._clock.begin(self._step)

@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from oracle_server.errors import InvalidArgument
+from profiler.capture.pause import Pause
 from step_oracle.v1 import capture_pb2 as pb
 
 MAGIC = b"SOCAPT1\n"
@@ -42,17 +43,18 @@ class CaptureWriter:
         header: pb.CaptureHeader,
         encode: Callable[[Sequence[Any]], pb.CaptureRecord | None],
         begin_thread: Callable[[], None] = lambda: None,
+        pause: Pause | None = None,
     ) -> None:
         """`encode` turns appended items into a record, or None where they are not ready: they are offered again.
 
-        `begin_thread` is the first thing the writer's thread calls. Raises FileExistsError where the file exists: a
-        start of an engine has a folder of its own.
+        `begin_thread` is the first thing the writer's thread calls; `pause` looks whenever it has written. Raises
+        FileExistsError where the file exists: a start of an engine has a folder of its own.
         """
         self.hook_ns = 0
         self._encode = encode
         self._items: deque[Any] = deque()
         self._told_hook_ns = self._told_cpu_ns = 0
-        self._path, self._begin_thread = path, begin_thread
+        self._path, self._begin_thread, self._pause = path, begin_thread, pause
         # Set by the writer's thread, once; read by the other, where a step too many does no harm.
         self._failed = False
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
@@ -82,11 +84,20 @@ class CaptureWriter:
                 ended = self._end.wait(FLUSH_SECONDS)
                 while self._flush():
                     pass
+                if self._pause is not None:
+                    self._look(self._pause)
         except (OSError, RuntimeError) as error:
             self._failed = True
             self._items.clear()
             line = f"step-oracle: {self._path} is not written any more ({error}): later steps are not captured"
             print(line, file=sys.stderr, flush=True)
+
+    def _look(self, pause: Pause) -> None:
+        was_on = pause.is_on
+        pause.look(is_written=not self._items)
+        if was_on and not pause.is_on:
+            # Looking for the end of a pause is no part of any step.
+            self._told_cpu_ns = time.thread_time_ns()
 
     def _flush(self) -> bool:
         """Write one block; whether there may be another."""

@@ -35,13 +35,15 @@ def build(
     output: Output,
     kind: Annotated[str, typer.Option(help="hybrid (fitted) or sampled (the steps themselves).")] = "hybrid",
     skip_steps: _Skip = 0,
+    most_steps: Annotated[int | None, typer.Option(min=1, help="So many steps of every run after those; all.")] = None,
     licence: Annotated[str, typer.Option(help="SPDX expression of the data.")] = "unknown",
     name: Annotated[str | None, typer.Option(help="Name of the pack.")] = None,
 ) -> None:
     """Make a profile pack from a capture."""
     from profiler.capture.build import BuildRequest, build_pack
 
-    built = build_pack(BuildRequest(folder, kind, skip_steps=skip_steps, licence=licence, name=name), output)
+    request = BuildRequest(folder, kind, skip_steps=skip_steps, most_steps=most_steps, licence=licence, name=name)
+    built = build_pack(request, output)
     typer.echo(f"{output}  {built.digest}")
     for line in built.lines:
         typer.echo(line)

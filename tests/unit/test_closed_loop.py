@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import captures
 from deploy.closed_loop import closed_loop, cores
 from deploy.closed_loop.comparison import (
     METRICS,
@@ -25,11 +27,12 @@ from deploy.closed_loop.comparison import (
     write_deltas,
 )
 from deploy.closed_loop.machine import device_machine, model_of
-from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan
+from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan, slice_of
 from deploy.closed_loop.steady import overruns
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
 from deploy.demo.progress import DemoFailed
+from profiler.capture.steps import Overhead, read_capture
 
 
 def result(**changes: float) -> dict[str, Any]:
@@ -138,6 +141,28 @@ def test_errors_by_length_of_plan_are_told_in_size_and_in_the_largest(capsys: py
     assert next(row for row in rows if row[:1] == ["3"])[6:8] == ["1.00", "+1.00"]
 
 
+def test_a_part_of_a_run_has_its_own_steps_and_overhead_and_says_where_they_are(tmp_path: Path) -> None:
+    """The run as it was read after each of two parts; the first begins with a warm-up, and costs less of a step."""
+    made = captures.steps(100)
+    (whole,) = read_capture(captures.write_run(tmp_path, made))
+    warm = [step._replace(warm_up=True) for step in made[:10]]
+    first = replace(whole, steps=(*warm, *made[10:40]), overhead=Overhead(100.0, 10.0, 20.0, 2000.0))
+    whole = replace(whole, steps=(*first.steps, *made[40:]), overhead=Overhead(220.0, 10.0, 20.0, 5000.0))
+    parts = [slice_of(first, None), slice_of(whole, first)]
+
+    assert [(part.skip_steps, part.most_steps) for part in parts] == [(0, 30), (30, 60)]
+    assert parts[0].run.overhead == first.overhead
+    assert list(parts[1].run.steps) == made[40:]
+    # 100 steps of 220 us are 40 of 100 and 60 of 300.
+    assert astuple(parts[1].run.overhead) == pytest.approx((300.0, 10.0, 20.0, 7000.0))
+
+
+def test_a_part_without_a_step_is_no_division_by_zero(tmp_path: Path) -> None:
+    (whole,) = read_capture(captures.write_run(tmp_path, captures.steps(20)))
+
+    assert slice_of(whole, whole).most_steps == 0
+
+
 @pytest.mark.parametrize(("text", "minutes"), [("3", (3.0,)), ("4,0.5,4,1", (0.5, 1.0, 4.0))])
 def test_lengths_of_plans_are_read_shortest_first(text: str, minutes: tuple[float, ...]) -> None:
     assert closed_loop.read_minutes(text) == minutes
@@ -230,16 +255,14 @@ def venv_that_says(folder: Path, said: str, status: int) -> Path:
     return folder
 
 
-def test_the_engines_of_a_vllm_with_a_device_are_told_the_same_and_share_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engines_of_a_vllm_with_a_device_are_told_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
     machine = device_machine(venv_that_says(tmp_path, "0.25.1", 0), ["--tensor-parallel-size", "2"])
 
     assert machine.vllm.version == "0.25.1"
     assert machine.serve[-2:] == ("--tensor-parallel-size", "2")
-    # A captured engine starts beside the real one, which is stopped and keeps its memory.
-    assert float(machine.serve[machine.serve.index("--gpu-memory-utilization") + 1]) < 0.5
+    # The real engine has the device alone.
+    assert "--gpu-memory-utilization" not in machine.serve
     assert machine.emulated_serve == ()
     assert machine.real_variables["VLLM_ATTENTION_BACKEND"] == "FLASH_ATTN"
     with machine.beside_the_model():

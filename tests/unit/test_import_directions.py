@@ -47,8 +47,8 @@ ALLOWED["vllm_shim"].add("vllm_shim.step_shape")
 SHIM_MAY_IMPORT = {"google", "grpc", "numpy", "step_oracle", "torch", "vllm", "vllm_shim"}
 # What of a capture runs inside the engine, and what starts it there.
 CAPTURE_IN_ENGINE = (
-    *("__init__", "command", "device_times", "engine", "facts", "launch", "plan", "recording", "scheduler", "steps"),
-    *("trace_file", "worker"),
+    *("__init__", "command", "device_times", "engine", "facts", "launch", "pause", "plan", "recording", "scheduler"),
+    *("steps", "trace_file", "worker"),
 )
 BARE_CORE = (
     "config",

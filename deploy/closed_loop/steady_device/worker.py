@@ -27,7 +27,7 @@ class SteadyWorker(CPUWorker):  # type: ignore[misc]
     steps = 0
     overrun = 0
     _end = 0.0
-    # Another sequence in each engine, the captured ones and the one judged.
+    # Another sequence at each start of an engine.
     _draw = random.Random()  # noqa: S311
 
     def execute_model(self, scheduler_output: Any, *args: Any) -> Any:

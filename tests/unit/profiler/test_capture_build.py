@@ -142,6 +142,27 @@ def test_steps_of_the_warm_up_and_the_first_ones_are_left_out_and_counted(tmp_pa
     assert pack.check_pack(tmp_path / "pack").manifest.coverage["steps"] == 340
 
 
+def test_a_pack_of_a_part_of_a_run_holds_the_steps_of_that_part_alone(tmp_path: Path) -> None:
+    """Two slices side by side hold every step once; the command says what it left out."""
+    made = captures.steps(300)
+    captures.write_run(tmp_path / "capture", [*made[:120], *captures.steps(300, factor=2.0)[120:]])
+    told = [
+        step_oracle(
+            *("build", str(tmp_path / "capture"), "--kind", "sampled", "-o", str(tmp_path / str(skip))),
+            *("--skip-steps", str(skip), "--most-steps", str(most)),
+        ).splitlines()[1]
+        for skip, most in ((0, 120), (120, 500))
+    ]
+    slices = [pq.read_table(tmp_path / str(skip) / "samples.parquet")["latency_ns"].to_pylist() for skip in (0, 120)]
+
+    assert told == [
+        "  120 steps of 1 runs; left out: 180 after those asked for",
+        "  180 steps of 1 runs; left out: 120 first of a run",
+    ]
+    assert sorted(slices[0]) == sorted(step.latency_ns for step in made[:120])
+    assert len(slices[1]) == 180
+
+
 def test_decode_steps_right_after_a_prompt_are_fitted_only_where_there_are_no_others(tmp_path: Path) -> None:
     """A plan puts prompts beside every batch size, so most of its decode steps there come right after one."""
     index, made = 0, []

@@ -82,6 +82,23 @@ def test_an_interrupted_plan_goes_on_where_it_ended(tmp_path: Path, capsys: pyte
     assert [run.name for run in read_capture(tmp_path)] == ["run-001", "run-002"]
 
 
+def test_a_further_part_of_a_plan_visits_what_the_part_before_visited_and_warms_nothing_up(tmp_path: Path) -> None:
+    """On the engine that was driven before, in the same run of the capture."""
+    run = new_run(tmp_path)
+    engine = DrivenEngine(run, LIMITS)
+    first = asyncio.run(PlanDriver(engine, run, LIMITS, PlanOptions(10.0, 1.0), engine.rest).drive())
+    before, asked = len(read_capture(tmp_path)[0].steps), visited(run)
+    further = PlanOptions(10.0, 1.0, is_further_part=True)
+    second = asyncio.run(PlanDriver(engine, run, LIMITS, further, engine.rest).drive())
+    begins = [event for event in events(run) if event["event"] == "plan begins"]
+
+    assert first == second
+    assert second.tight == second.measured == second.regions == len(visits(LIMITS))
+    assert [event["known"] for event in begins] == [0, 0]
+    assert visited(run) == asked + asked
+    assert not any(step.warm_up for step in read_capture(tmp_path)[0].steps[before:])
+
+
 def test_a_run_that_cannot_be_read_does_not_keep_a_plan_from_going_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
