@@ -3,10 +3,11 @@
 Or one on a GPU: --vllm names its environment.
 
 The process that is captured is the one that serves as the real engine: two processes of one engine differ in speed.
-Each repeat drives a part of the plan on it, builds a pack of that part and activates it on the emulated engine; then
-the capture rests, and the real engine and the emulated one serve the same workloads in turn. Engines that do not serve
-are stopped meanwhile, and on a CPU one core belongs to the model alone. With several lengths of plan there is a part
-and a pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
+Each repeat drives half a part of the plan on it, lets it serve the workloads, drives the other half, builds a pack of
+both and activates it on the emulated engine, which serves the same workloads. While an engine serves, the capture
+rests; engines that do not serve are stopped, and on a CPU one core belongs to the model alone. With several lengths of
+plan there is a part and a pack of each, activated in turn on the one emulated engine, and all are set beside the same
+runs of the real one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from deploy.closed_loop.comparison import (
     write_deltas,
 )
 from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
-from deploy.closed_loop.plans import KEEP, Planner, PlanPack, print_errors_by_plan
+from deploy.closed_loop.plans import KEEP, PlanHalf, Planner, PlanPack, print_errors_by_plan
 from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, measured_capacity, run_bench
 from deploy.demo.interrupt import Interrupt
@@ -114,15 +115,9 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
             _engine(machine, model, site, folder / "real.log", captured.arguments[1:], captured.environment)
         )
         _wait_ready(real, "real", machine)
-        told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
-        progress.say(f"3/4 the first of {options.repeats} parts of a plan of {told} minutes, and the emulated engine")
+        progress.say("3/4 how much the full real engine serves")
         planner = Planner(machine, real.base_url, captured.run, folder, options.repeats, options.kind, progress)
-        parts = [planner.next_part(minutes, None) for minutes in options.minutes]
-        with _stopped([real]):
-            packs = [planner.pack_of(part, None) for part in parts]
-            emulated = running.enter_context(_emulated_engine(machine, model, site, folder, packs, server.target))
-            _wait_ready(emulated, "emulated", machine)
-        with _stopped([emulated]), machine.beside_the_model():
+        with machine.beside_the_model():
             capacity = measured_capacity(
                 machine.vllm,
                 real.base_url,
@@ -133,21 +128,22 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
                 seed=SEED,
             )
         workloads = [workload.on(capacity) for workload in options.workloads]
-        runs = options.repeats * len(workloads) * (1 + len(packs))
+        runs = options.repeats * len(workloads) * (1 + len(options.minutes))
+        told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
         progress.say(
-            f"4/4 {runs} runs of about {options.seconds:g} s, real and emulated in turn; the full real engine serves "
-            f"{capacity:.2f} requests/s"
+            f"4/4 {runs} runs of about {options.seconds:g} s, the real engine and the emulated one in turn, beside a "
+            f"plan of {told} minutes in {options.repeats} parts; the full real engine serves {capacity:.2f} requests/s"
         )
-        loop = _Loop(options, workloads, machine, model, site, folder, progress, planner, real, emulated, server.target)
-        measured = loop.measure(packs)
+        loop = _Loop(options, workloads, machine, model, site, folder, progress, planner, real, server.target, running)
+        measured = loop.measure()
     if options.steady:
         progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
     return measured
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loop:
-    """Two engines that are ready, and what their runs need."""
+    """The real engine, which is ready, and what the runs need."""
 
     options: Options
     workloads: Sequence[Workload]
@@ -158,42 +154,62 @@ class _Loop:
     progress: Progress
     planner: Planner
     real: EngineProcess
-    emulated: EngineProcess
     target: str
+    # Ends what is started.
+    running: contextlib.ExitStack
+    # Started once there is a pack.
+    emulated: EngineProcess | None = None
 
-    def measure(self, packs: list[PlanPack]) -> tuple[list[PlanPack], list[Comparison]]:
-        """All runs; the packs of whole plans, and a comparison of each workload for each length of plan."""
+    def measure(self) -> tuple[list[PlanPack], list[Comparison]]:
+        """All runs; the packs of the last parts, and a comparison of each workload for each length of plan."""
         results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        packs: list[PlanPack] = []
         for repeat in range(self.options.repeats):
-            if repeat:
-                packs = self._next_packs(packs)
-            sides = (REAL, *(plan.name for plan in packs))
-            for number, workload in enumerate(self.workloads):
-                # Which side goes first takes turns, so that a machine that slows down slows all.
-                first = (repeat + number) % len(sides)
-                for side in (*sides[first:], *sides[:first]):
-                    activated = next((plan for plan in packs if plan.name == side), None)
-                    result = self._result(workload, activated, self.folder / "runs" / f"{number}-{repeat}-{side}")
-                    results.setdefault((workload.name, side), []).append(result)
-                    self.progress.say(
-                        f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "
-                        f"E2E {result['mean_e2el_ms']:.0f} ms"
-                    )
+            with _stopped(self._engines(but=self.real)):
+                before = [self.planner.next_half(minutes) for minutes in self.options.minutes]
+                for workload in self.workloads:
+                    results.setdefault((workload.name, REAL), []).append(self._result(workload, repeat, None))
+                # Of several lengths the middle of each part is that of the runs.
+                after = [self.planner.next_half(minutes) for minutes in reversed(self.options.minutes)][::-1]
+            packs = self._packs(list(zip(before, after, strict=True)), packs)
+            with _stopped([self.real]):
+                for number, workload in enumerate(self.workloads):
+                    # Which is first takes turns.
+                    first = (repeat + number) % len(packs)
+                    for plan in (*packs[first:], *packs[:first]):
+                        result = self._result(workload, repeat, plan)
+                        results.setdefault((workload.name, plan.name), []).append(result)
         return packs, [
             compare(workload, results[workload.name, REAL], results[workload.name, plan.name], plan.minutes)
             for plan in packs
             for workload in self.workloads
         ]
 
-    def _next_packs(self, packs: Sequence[PlanPack]) -> list[PlanPack]:
-        with _stopped([self.emulated]):
-            parts = [self.planner.next_part(plan.minutes, plan) for plan in packs]
-        with _stopped([self.real, self.emulated]):
-            found = [self.planner.pack_of(part, plan) for part, plan in zip(parts, packs, strict=True)]
+    def _engines(self, but: EngineProcess) -> list[EngineProcess]:
+        return [engine for engine in (self.real, self.emulated) if engine is not None and engine is not but]
+
+    def _packs(self, parts: Sequence[Sequence[PlanHalf]], before: Sequence[PlanPack]) -> list[PlanPack]:
+        """Of each part its pack, uploaded; the emulated engine is ready and answers from the first."""
+        with _stopped(self._engines(but=self.real)), _stopped([self.real]):
+            found = [
+                self.planner.pack_of(halves, before[number] if before else None) for number, halves in enumerate(parts)
+            ]
+        at = ("--target", self.target)
         for plan in found:
-            step_oracle("pack", "upload", str(plan.pack), "--target", self.target, next_step=KEEP)
-        if len(found) == 1:
+            step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
+        if self.emulated is not None:
             self._activate(found[0])
+            return found
+        create = ("experiment", "create", "default", "--pack", str(found[0].pack), "--seed", "1", *at)
+        step_oracle(*create, next_step=KEEP)
+        arguments = (*self.machine.serve, *self.machine.emulated_serve)
+        variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
+        log_path = self.folder / "emulated.log"
+        with _stopped([self.real]):
+            self.emulated = self.running.enter_context(
+                _engine(self.machine, self.model, self.site, log_path, arguments, variables, self.target)
+            )
+            _wait_ready(self.emulated, "emulated", self.machine)
         return found
 
     def _activate(self, plan: PlanPack) -> None:
@@ -201,23 +217,30 @@ class _Loop:
             *("experiment", "activate", "default", "--pack", str(plan.pack), "--target", self.target), next_step=KEEP
         )
 
-    def _result(self, workload: Workload, plan: PlanPack | None, folder: Path) -> dict[str, Any]:
-        """One run on the engine emulated from this pack, or on the real one."""
-        engine, other = (self.real, self.emulated) if plan is None else (self.emulated, self.real)
+    def _result(self, workload: Workload, repeat: int, plan: PlanPack | None) -> dict[str, Any]:
+        """One run on the engine emulated from this pack, or on the real one; the other is stopped."""
+        engine = self.real if plan is None else self.emulated
+        assert engine is not None  # noqa: S101  there is one as soon as there is a pack
         if plan is not None and len(self.options.minutes) > 1:
             self._activate(plan)
-        with _stopped([other]), self.machine.beside_the_model():
-            return run_bench(
+        side, number = plan.name if plan else REAL, self.workloads.index(workload)
+        with self.machine.beside_the_model():
+            result = run_bench(
                 self.machine.vllm,
                 workload,
                 engine.base_url,
                 model=self.model,
                 site=self.site,
-                folder=folder,
+                folder=self.folder / "runs" / f"{number}-{repeat}-{side}",
                 seconds=self.options.seconds,
                 # The same requests every time.
-                seed=SEED + self.workloads.index(workload),
+                seed=SEED + number,
             )
+        self.progress.say(
+            f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "
+            f"E2E {result['mean_e2el_ms']:.0f} ms"
+        )
+        return result
 
 
 @contextlib.contextmanager
@@ -239,20 +262,6 @@ def _machine(options: Options, folder: Path, progress: Progress) -> tuple[Machin
         return device_machine(options.vllm, options.serve), model_of(folder / "model", options.model)
     progress.say("1/4 vLLM for the CPU (the first time: minutes, 3 GB) and a small model with random weights")
     return cpu_machine(), small_model(folder / "tiny", **(STEADY_MODEL if options.steady else {}))
-
-
-def _emulated_engine(
-    machine: Machine, model: Path, site: Path, folder: Path, packs: Sequence[PlanPack], target: str
-) -> EngineProcess:
-    """Started; it answers from the first of these packs, all of which the server has."""
-    at = ("--target", target)
-    for plan in packs:
-        step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
-    step_oracle(*("experiment", "create", "default", "--pack", str(packs[0].pack), "--seed", "1", *at), next_step=KEEP)
-    arguments = (*machine.serve, *machine.emulated_serve)
-    return _engine(
-        machine, model, site, folder / "emulated.log", arguments, {"STEP_ORACLE_ENGINE_ID": "emulated"}, target
-    )
 
 
 def _engine(
@@ -355,7 +364,7 @@ def _options() -> Options:
     for path in (given.csv, given.json):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: its folder does not exist; make it first")
-    repeats, minutes, seconds = (2, (0.5,), 6.0) if given.quick else (3, (3.0,), 12.0)
+    repeats, minutes, seconds = (2, (1.0,), 6.0) if given.quick else (3, (3.0,), 12.0)
     return Options(
         workloads=QUICK_WORKLOADS if given.quick else WORKLOADS,
         repeats=given.repeats or repeats,

@@ -1,7 +1,8 @@
 """Parts of plans of one length or several on the captured engine, a pack of each, and how much a longer plan buys.
 
-A plan is driven in parts, one before each repeat of the runs, and a repeat is served from the pack of its part alone:
-the speed of a machine that others use too drifts by more within minutes than a model is wrong.
+A plan is driven in parts, one for each repeat, half of it before the real engine's runs and half behind them, and the
+emulated runs of the repeat are from the pack of that part alone: the speed of a machine that others use too drifts by
+more within minutes than a model is wrong, and what drifts evenly is in the two halves as it is in the runs between.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PlanPack:
     pack: Path
     seconds: float
     steps: int
-    # Regions of the plan that the last part knows to its target, that it measured at all, and that the plan has.
+    # Regions of the plan that the last half of a part knows to its target, measured at all, and that the plan has.
     tight: int
     measured: int
     regions: int
@@ -58,41 +59,38 @@ class PlanPack:
         """For people, in one line."""
         return (
             f"plan of {self.minutes:g} minutes in {self.parts} parts, a pack of each: {self.steps} steps; of "
-            f"{self.regions} regions the last part measured {self.measured}, {self.tight} tight; driven for "
+            f"{self.regions} regions the last half of one measured {self.measured}, {self.tight} tight; driven for "
             f"{self.seconds / 60:.1f} minutes"
         )
 
 
 @dataclass(frozen=True)
-class PlanPart:
-    """A part that was driven: which, and where its steps are in the capture."""
+class PlanHalf:
+    """Half of a part that was driven: of which plan, and where its steps are in the capture."""
 
     minutes: float
-    number: int
     seconds: float
     result: PlanResult
-    slice: PartSlice
+    slice: Slice
 
 
 @dataclass(frozen=True)
-class PartSlice:
-    """A part of a run that goes on: its own steps and overhead, and what `build` is told to take it alone."""
+class Slice:
+    """What a run that goes on got in one stretch: those steps and their overhead, and their numbers for `build`."""
 
     run: CapturedRun
-    skip_steps: int
-    most_steps: int
+    begin: int
+    end: int
 
 
-def slice_of(whole: CapturedRun, before: CapturedRun | None) -> PartSlice:
+def slice_of(whole: CapturedRun, before: CapturedRun | None) -> Slice:
     """What was captured since the run was read as `before`; None: since its beginning."""
     earlier = before.steps if before else ()
     steps = whole.steps[len(earlier) :]
     overhead = _since(whole, before) if before and steps else whole.overhead
-    return PartSlice(
-        replace(whole, steps=steps, overhead=overhead),
-        skip_steps=sum(not step.warm_up for step in earlier),
-        most_steps=sum(not step.warm_up for step in steps),
-    )
+    begin = sum(not step.warm_up for step in earlier)
+    end = begin + sum(not step.warm_up for step in steps)
+    return Slice(replace(whole, steps=steps, overhead=overhead), begin, end)
 
 
 def _since(whole: CapturedRun, before: CapturedRun) -> Overhead:
@@ -115,69 +113,78 @@ class _DrivenEngine:
 
 
 class Planner:
-    """Drives the captured engine through the next part of a plan, and builds the pack of that part.
+    """Drives the captured engine through the parts of plans, and builds the pack of each part.
 
-    Between parts the capture rests. Used by the main thread.
+    Otherwise the capture rests. Used by the main thread.
     """
 
     def __init__(
         self, machine: Machine, base_url: str, run: Path, folder: Path, parts: int, kind: str, progress: Progress
     ) -> None:
-        """`run`: the folder the engine is captured into; `parts`: of each plan."""
+        """`run`: the folder the engine is captured into; `parts`: of each plan. Raises DemoFailed."""
         self._machine, self._engine, self._run, self._folder = machine, _DrivenEngine(base_url), run, folder
         self._parts, self._kind, self._progress = parts, kind, progress
-        # The run as it was when the last part had been driven.
-        self._captured: CapturedRun | None = None
+        self._halves = 0
+        # The run as it was when the last half had been driven.
+        self._captured = self._rest()
 
-    def next_part(self, minutes: float, before: PlanPack | None) -> PlanPart:
-        """One part more of the plan of this length; None: it is the first. Afterwards all of it is in the files."""
-        number, begin = before.parts + 1 if before else 1, time.monotonic()
-        options = PlanOptions(minutes / self._parts, _TARGET, is_further_part=self._captured is not None)
-        log = (self._folder / f"plan-{minutes:g}m-{number}.log").open("w", encoding="utf-8")
+    def next_half(self, minutes: float) -> PlanHalf:
+        """Half a part more of the plan of this length. Afterwards all of it is in the files."""
+        begin = time.monotonic()
+        self._halves += 1
+        options = PlanOptions(minutes / self._parts / 2, _TARGET, is_further_part=self._halves > 1)
+        log = (self._folder / f"plan-{self._halves}.log").open("w", encoding="utf-8")
         try:
             resume(self._run)
             with log, contextlib.redirect_stdout(log), self._machine.beside_the_model():
                 result = drive(self._engine, self._run, options)
+        except InvalidArgument as error:
+            raise DemoFailed(f"the plan was not driven: {error.message}", KEEP) from None
+        captured = self._rest()
+        found, self._captured = slice_of(captured, self._captured), captured
+        if found.begin == found.end:
+            raise DemoFailed(f"{options.minutes:.2g} minutes of a plan gave no step", "give the plan more --minutes")
+        half = PlanHalf(minutes, time.monotonic() - begin, result, found)
+        self._progress.say(
+            f"    {options.minutes:.2g} minutes of the plan of {minutes:g}: {result.tight} of {result.regions} regions "
+            f"tight, {result.measured} measured, {half.seconds:.0f} s"
+        )
+        for line in summary_lines(found.run):
+            self._progress.say(f"    {line.strip()}")
+        return half
+
+    def _rest(self) -> CapturedRun:
+        """Nothing is captured any more; all there is."""
+        try:
             pause(self._run)
             runs = read_capture(self._run)
         except InvalidArgument as error:
-            raise DemoFailed(f"the plan was not driven: {error.message}", KEEP) from None
+            raise DemoFailed(f"the capture does not rest: {error.message}", KEEP) from None
         if len(runs) > 1:
             raise DemoFailed(f"the engine has {len(runs)} data-parallel ranks", "the loop compares engines of one")
-        part = slice_of(runs[0], self._captured)
-        if not part.most_steps:
-            raise DemoFailed(f"the part of {options.minutes:.2g} minutes holds no step", "give the plan more --minutes")
-        self._captured = runs[0]
-        seconds = time.monotonic() - begin
-        self._tell(minutes, number, seconds, result, part)
-        return PlanPart(minutes, number, seconds, result, part)
+        return runs[0]
 
-    def pack_of(self, part: PlanPart, before: PlanPack | None) -> PlanPack:
-        """The pack of this part alone, which is the one after the pack `before`."""
-        pack = self._folder / f"pack-{part.minutes:g}m-{part.number}"
-        steps = ("--skip-steps", str(part.slice.skip_steps), "--most-steps", str(part.slice.most_steps))
-        built = step_oracle(*("build", str(self._run), "--kind", self._kind, "-o", str(pack)), *steps, next_step=KEEP)
-        if part.number == self._parts:
+    def pack_of(self, halves: Sequence[PlanHalf], before: PlanPack | None) -> PlanPack:
+        """The pack of these halves of one part alone, which comes after the pack `before`."""
+        minutes, number = halves[0].minutes, before.parts + 1 if before else 1
+        pack = self._folder / f"pack-{minutes:g}m-{number}"
+        spans = [("--steps", f"{half.slice.begin}:{half.slice.end}") for half in halves]
+        command = ("build", str(self._run), "--kind", self._kind, "-o", str(pack))
+        built = step_oracle(*command, *(part for span in spans for part in span), next_step=KEEP)
+        if number == self._parts:
             print(built, flush=True)
-        seconds, count = (before.seconds, before.steps) if before else (0.0, 0)
+        seconds, steps = (before.seconds, before.steps) if before else (0.0, 0)
+        last = halves[-1].result
         return PlanPack(
-            part.minutes,
+            minutes,
             pack,
-            seconds + part.seconds,
-            count + part.slice.most_steps,
-            part.result.tight,
-            part.result.measured,
-            part.result.regions,
-            part.number,
+            seconds + sum(half.seconds for half in halves),
+            steps + sum(half.slice.end - half.slice.begin for half in halves),
+            last.tight,
+            last.measured,
+            last.regions,
+            number,
         )
-
-    def _tell(self, minutes: float, number: int, seconds: float, result: PlanResult, part: PartSlice) -> None:
-        self._progress.say(
-            f"    part {number} of the plan of {minutes:g} minutes: {result.tight} of {result.regions} regions tight, "
-            f"{result.measured} measured, {seconds:.0f} s"
-        )
-        for line in summary_lines(part.run):
-            self._progress.say(f"    {line.strip()}")
 
 
 def print_errors_by_plan(packs: Sequence[PlanPack], comparisons: Sequence[Comparison]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,9 @@ class BuildRequest:
     kind: str = "hybrid"
     # First steps of every run to leave out; those of a plan's warm-up are left out by themselves.
     skip_steps: int = 0
-    # So many steps of every run after those, as skip_steps counts them; None: all.
-    most_steps: int | None = None
+    # Of every run the steps with these numbers alone, each from the first up to before the second, counted from 0
+    # without a warm-up's; empty: all.
+    steps: tuple[tuple[int, int], ...] = ()
     licence: str = "unknown"
     name: str | None = None
 
@@ -80,7 +82,7 @@ def build_pack(request: BuildRequest, directory: Path, *, created: datetime | No
         raise InvalidArgument(f"kind {request.kind!r} is none of {', '.join(KINDS)}", field="kind")
     runs = read_capture(request.capture)
     _check_same(runs)
-    kept, left_out = _usable(runs, request.skip_steps, request.most_steps)
+    kept, left_out = _usable(runs, request)
     steps = [step for run in kept for step in run.steps]
     if not steps:
         raise InvalidArgument(f"{request.capture} holds no usable step ({_told(left_out)})", field="capture")
@@ -156,19 +158,24 @@ def _check_same(runs: Sequence[CapturedRun]) -> None:
             )
 
 
-def _usable(runs: Sequence[CapturedRun], skip: int, most: int | None) -> tuple[list[CapturedRun], dict[str, int]]:
-    kept, warm, skipped, beyond, empty = [], 0, 0, 0, 0
+def _usable(runs: Sequence[CapturedRun], request: BuildRequest) -> tuple[list[CapturedRun], dict[str, int]]:
+    if request.steps and request.skip_steps:
+        raise InvalidArgument("--skip-steps beside --steps: give one of them", field="steps")
+    for begin, end in request.steps:
+        if not 0 <= begin < end:
+            raise InvalidArgument(f"steps {begin}:{end} are none: give FROM:TO with FROM below TO", field="steps")
+    spans = request.steps or ((request.skip_steps, sys.maxsize),)
+    reason = "not asked for" if request.steps else "first of a run"
+    left_out: Counter[str] = Counter()
+    kept = []
     for run in runs:
         after = [step for step in run.steps if not step.warm_up]
-        warm += len(run.steps) - len(after)
-        skipped += min(skip, len(after))
-        asked = after[skip:] if most is None else after[skip : skip + most]
-        beyond += len(after[skip:]) - len(asked)
+        asked = [step for number, step in enumerate(after) if any(begin <= number < end for begin, end in spans)]
         steps = [step for step in asked if step.latency_ns > 0]
-        empty += len(asked) - len(steps)
+        left_out["of the warm-up"] += len(run.steps) - len(after)
+        left_out[reason] += len(after) - len(asked)
+        left_out["without a latency"] += len(asked) - len(steps)
         kept.append(replace(run, steps=tuple(steps)))
-    left_out = {"of the warm-up": warm, "first of a run": skipped, "after those asked for": beyond}
-    left_out["without a latency"] = empty
     return kept, {reason: count for reason, count in left_out.items() if count}
 
 

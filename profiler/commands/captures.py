@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from oracle_server.errors import InvalidArgument
 from profiler.cli import standard_library_main
 from profiler.commands.options import Output, print_json
 
@@ -20,6 +21,13 @@ app.add_typer(_trace)
 _Capture = Annotated[Path, typer.Argument(metavar="CAPTURE", help="Folder of a capture, or one run of it.")]
 _Skip = Annotated[int, typer.Option(min=0, help="Leave out the first steps of every run, beside a plan's warm-up.")]
 
+_Steps = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FROM:TO", help="Of every run these steps alone, from 0, without a plan's warm-up; may be repeated."
+    ),
+]
+
 
 @app.command(
     "capture", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
@@ -29,20 +37,29 @@ def capture(context: typer.Context) -> None:
     raise typer.Exit(standard_library_main("capture", list(context.args)))
 
 
+def _span(text: str) -> tuple[int, int]:
+    try:
+        begin, end = map(int, text.split(":"))
+    except ValueError:
+        raise InvalidArgument(f"--steps {text}: give FROM:TO, two whole numbers", field="steps") from None
+    return begin, end
+
+
 @app.command("build")
 def build(
     folder: _Capture,
     output: Output,
     kind: Annotated[str, typer.Option(help="hybrid (fitted) or sampled (the steps themselves).")] = "hybrid",
     skip_steps: _Skip = 0,
-    most_steps: Annotated[int | None, typer.Option(min=1, help="So many steps of every run after those; all.")] = None,
+    steps: _Steps = None,
     licence: Annotated[str, typer.Option(help="SPDX expression of the data.")] = "unknown",
     name: Annotated[str | None, typer.Option(help="Name of the pack.")] = None,
 ) -> None:
     """Make a profile pack from a capture."""
     from profiler.capture.build import BuildRequest, build_pack
 
-    request = BuildRequest(folder, kind, skip_steps=skip_steps, most_steps=most_steps, licence=licence, name=name)
+    spans = tuple(map(_span, steps or ()))
+    request = BuildRequest(folder, kind, skip_steps=skip_steps, steps=spans, licence=licence, name=name)
     built = build_pack(request, output)
     typer.echo(f"{output}  {built.digest}")
     for line in built.lines:

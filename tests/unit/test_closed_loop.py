@@ -150,7 +150,7 @@ def test_a_part_of_a_run_has_its_own_steps_and_overhead_and_says_where_they_are(
     whole = replace(whole, steps=(*first.steps, *made[40:]), overhead=Overhead(220.0, 10.0, 20.0, 5000.0))
     parts = [slice_of(first, None), slice_of(whole, first)]
 
-    assert [(part.skip_steps, part.most_steps) for part in parts] == [(0, 30), (30, 60)]
+    assert [(part.begin, part.end) for part in parts] == [(0, 30), (30, 90)]
     assert parts[0].run.overhead == first.overhead
     assert list(parts[1].run.steps) == made[40:]
     # 100 steps of 220 us are 40 of 100 and 60 of 300.
@@ -160,7 +160,9 @@ def test_a_part_of_a_run_has_its_own_steps_and_overhead_and_says_where_they_are(
 def test_a_part_without_a_step_is_no_division_by_zero(tmp_path: Path) -> None:
     (whole,) = read_capture(captures.write_run(tmp_path, captures.steps(20)))
 
-    assert slice_of(whole, whole).most_steps == 0
+    part = slice_of(whole, whole)
+
+    assert (part.begin, part.end, part.run.steps) == (20, 20, ())
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("3", (3.0,)), ("4,0.5,4,1", (0.5, 1.0, 4.0))])

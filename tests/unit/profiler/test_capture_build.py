@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,25 +144,41 @@ def test_steps_of_the_warm_up_and_the_first_ones_are_left_out_and_counted(tmp_pa
     assert pack.check_pack(tmp_path / "pack").manifest.coverage["steps"] == 340
 
 
-def test_a_pack_of_a_part_of_a_run_holds_the_steps_of_that_part_alone(tmp_path: Path) -> None:
-    """Two slices side by side hold every step once; the command says what it left out."""
+def test_a_pack_of_parts_of_a_run_holds_the_steps_of_those_alone(tmp_path: Path) -> None:
+    """Parts side by side hold every step once; the command says what it left out."""
     made = captures.steps(300)
     captures.write_run(tmp_path / "capture", [*made[:120], *captures.steps(300, factor=2.0)[120:]])
-    told = [
-        step_oracle(
-            *("build", str(tmp_path / "capture"), "--kind", "sampled", "-o", str(tmp_path / str(skip))),
-            *("--skip-steps", str(skip), "--most-steps", str(most)),
-        ).splitlines()[1]
-        for skip, most in ((0, 120), (120, 500))
-    ]
-    slices = [pq.read_table(tmp_path / str(skip) / "samples.parquet")["latency_ns"].to_pylist() for skip in (0, 120)]
+    told, parts = [], []
+    for name, spans in (("one", ("0:40", "80:120")), ("other", ("40:80", "120:500"))):
+        command = ("build", str(tmp_path / "capture"), "--kind", "sampled", "-o", str(tmp_path / name))
+        steps = (part for span in spans for part in ("--steps", span))
+        told.append(step_oracle(*command, *steps).splitlines()[1])
+        parts.append(pq.read_table(tmp_path / name / "samples.parquet")["latency_ns"].to_pylist())
 
     assert told == [
-        "  120 steps of 1 runs; left out: 180 after those asked for",
-        "  180 steps of 1 runs; left out: 120 first of a run",
+        "  80 steps of 1 runs; left out: 220 not asked for",
+        "  220 steps of 1 runs; left out: 80 not asked for",
     ]
-    assert sorted(slices[0]) == sorted(step.latency_ns for step in made[:120])
-    assert len(slices[1]) == 180
+    assert sorted(parts[0]) == sorted(step.latency_ns for step in (*made[:40], *made[80:120]))
+    assert len(parts[1]) == 220
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--steps", "9"), "give FROM:TO, two whole numbers"),
+        (("--steps", "9:9"), "steps 9:9 are none"),
+        (("--steps", "0:9", "--skip-steps", "3"), "give one of them"),
+    ],
+)
+def test_steps_that_are_none_are_refused(capture: Path, tmp_path: Path, options: Sequence[str], said: str) -> None:
+    command = [sys.executable, "-m", "profiler.cli", "build", str(capture), "-o", str(tmp_path / "pack"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "pack").exists()
 
 
 def test_decode_steps_right_after_a_prompt_are_fitted_only_where_there_are_no_others(tmp_path: Path) -> None:
