@@ -43,7 +43,7 @@ COLUMNS = 170
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one workload: both sides' runs, milliseconds or tokens per second."""
+    """One metric of one workload: both sides' runs by repeat, milliseconds or tokens per second."""
 
     metric: str
     key: str
@@ -67,16 +67,20 @@ class Figure:
 
     @property
     def interval_percent(self) -> tuple[float, float] | None:
-        """95 % interval of the error (Welch's, of the logarithms of the runs).
+        """95 % interval of the error: Student's, of the logarithms of each repeat's emulated run over its real one, both
+        of the same minutes.
 
-        None of fewer than two runs a side, of runs that do not differ, and where one has no logarithm.
+        None of fewer than two repeats or of one whose runs are not two, of repeats that do not differ, and where one
+        has no logarithm.
         """
-        from scipy.stats import ttest_ind
+        from scipy.stats import ttest_1samp
 
-        sides = (self.real, self.emulated)
-        if min(map(len, sides)) < 2 or max(len(set(side)) for side in sides) == 1 or min(map(min, sides)) <= 0:
+        if min(*self.real, *self.emulated) <= 0 or len(self.real) != len(self.emulated):
             return None
-        found = ttest_ind(np.log(self.emulated), np.log(self.real), equal_var=False).confidence_interval(0.95)
+        ratios = np.log(self.emulated) - np.log(self.real)
+        if len(set(ratios.tolist())) < 2:
+            return None
+        found = ttest_1samp(ratios, 0.0).confidence_interval(0.95)
         return 100 * (math.exp(found.low) - 1), 100 * (math.exp(found.high) - 1)
 
     @property
