@@ -67,7 +67,7 @@ class Figure:
 
     @property
     def interval_percent(self) -> tuple[float, float] | None:
-        """95 % interval of the error: Student's, of the logarithms of each repeat's emulated run over its real one, both
+        """95 % interval of the error: Student's, of the logarithms of emulated over real runs of one repeat, both
         of the same minutes.
 
         None of fewer than two repeats or of one whose runs are not two, of repeats that do not differ, and where one
