@@ -170,7 +170,7 @@ class _Loop:
                 for workload in self.workloads:
                     results.setdefault((workload.name, REAL), []).append(self._result(workload, repeat, None))
                 # Of several lengths the middle of each part is that of the runs.
-                after = [self.planner.next_half(minutes) for minutes in reversed(self.options.minutes)][::-1]
+                after = [self.planner.next_half(half.minutes, half) for half in reversed(before)][::-1]
             packs = self._packs(list(zip(before, after, strict=True)), packs)
             with _stopped([self.real]):
                 for number, workload in enumerate(self.workloads):

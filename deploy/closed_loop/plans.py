@@ -128,11 +128,18 @@ class Planner:
         # The run as it was when the last half had been driven.
         self._captured = self._rest()
 
-    def next_half(self, minutes: float) -> PlanHalf:
-        """Half a part more of the plan of this length. Afterwards all of it is in the files."""
+    def next_half(self, minutes: float, first: PlanHalf | None = None) -> PlanHalf:
+        """Half a part more of the plan of this length; the second one goes on where the `first` ended, or the two would
+        know half as many regions. Afterwards all of it is in the files.
+        """
         begin = time.monotonic()
         self._halves += 1
-        options = PlanOptions(minutes / self._parts / 2, _TARGET, is_further_part=self._halves > 1)
+        options = PlanOptions(
+            minutes / self._parts / 2,
+            _TARGET,
+            is_further_part=self._halves > 1,
+            first_visit=first.result.next_visit if first else 0,
+        )
         log = (self._folder / f"plan-{self._halves}.log").open("w", encoding="utf-8")
         try:
             resume(self._run)

@@ -61,15 +61,19 @@ class PlanOptions:
     # The engine was driven before in this run: it is warm, and nothing that was measured before counts, here or in
     # earlier runs. Each part of a plan visits what the parts before it visited.
     is_further_part: bool = False
+    # Place in the plan of the first visit; those before it come last.
+    first_visit: int = 0
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Regions of a plan: known to the target, measured at all, and how many there are."""
+    """Regions of a plan: known to the target, measured at all, and how many there are; and the place of the visit that
+    would have been next, where another part goes on."""
 
     tight: int
     measured: int
     regions: int
+    next_visit: int = 0
 
 
 @dataclass
@@ -188,7 +192,11 @@ class PlanDriver:
         self._requests, self._run, self._limits, self._options = requests, run, limits, options
         self._sleep = sleep
         self._ranks = max(1, len(list(run.glob("engine*.json"))))
-        self._coverage = Coverage(visits(limits))
+        plan = visits(limits)
+        self._first = options.first_visit % max(1, len(plan))
+        self._coverage = Coverage([*plan[self._first :], *plan[: self._first]])
+        # Visits of the pass that have been made or left out.
+        self._done = 0
         self._seconds = options.minutes * 60
         self._tail = RunTail(run)
         self._refused: set[Visit] = set()
@@ -221,7 +229,7 @@ class PlanDriver:
         self._event("plan ends", tight=tight, measured=seen, regions=len(plan))
         self._say(f"plan: {tight} of {len(plan)} regions tight, {seen} measured, {self._spent():.0f} s")
         await self._requests.close()
-        return PlanResult(tight, seen, len(plan))
+        return PlanResult(tight, seen, len(plan), (self._first + self._done) % max(1, len(plan)))
 
     def _take_earlier_runs(self) -> None:
         for run in runs_of(self._run.parent):
@@ -238,6 +246,7 @@ class PlanDriver:
         """Every region once that is not tight yet; whether another pass is worth it."""
         left = 0
         for at, visit in enumerate(self._coverage.plan, start=1):
+            self._done = at - 1
             self._take_up()
             known = len(self._coverage.latencies[visit])
             if self._is_settled(visit):
@@ -264,6 +273,7 @@ class PlanDriver:
             self._take_up()
             self._in_vain[visit] += len(self._coverage.latencies[visit]) == known
             self._tell(place, visit, time.monotonic() - begin)
+        self._done = len(self._coverage.plan)
         return left > 0
 
     def _is_settled(self, visit: Visit) -> bool:

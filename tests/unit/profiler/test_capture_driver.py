@@ -99,6 +99,24 @@ def test_a_further_part_of_a_plan_visits_what_the_part_before_visited_and_warms_
     assert not any(step.warm_up for step in read_capture(tmp_path)[0].steps[before:])
 
 
+def test_a_part_goes_on_where_the_part_before_it_ended(tmp_path: Path) -> None:
+    """The first one's time is over as soon as its steps make a pack."""
+    run = new_run(tmp_path)
+    engine = DrivenEngine(run, LIMITS)
+    first = asyncio.run(PlanDriver(engine, run, LIMITS, PlanOptions(1e-9, 1.0), engine.rest).drive())
+    asked, plan = list(visited(run)), [visit.label for visit in visits(LIMITS)]
+    further = PlanOptions(10.0, 1.0, is_further_part=True, first_visit=first.next_visit)
+    second = asyncio.run(PlanDriver(engine, run, LIMITS, further, engine.rest).drive())
+    then = [event["visit"] for event in events(run) if event["event"] == "visit begins"][len(asked) :]
+
+    assert 0 < first.next_visit < len(plan)
+    assert asked == plan[: first.next_visit]
+    assert then[0] == plan[first.next_visit]
+    assert sorted({*then}) == sorted(plan)
+    # It went round.
+    assert second.next_visit == first.next_visit
+
+
 def test_a_run_that_cannot_be_read_does_not_keep_a_plan_from_going_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
