@@ -165,14 +165,14 @@ class _Loop:
         results: dict[tuple[str, str], list[dict[str, Any]]] = {}
         packs: list[PlanPack] = []
         for repeat in range(self.options.repeats):
-            with _stopped(self._engines(but=self.real)):
+            with _stopped(self.emulated):
                 before = [self.planner.next_half(minutes) for minutes in self.options.minutes]
                 for workload in self.workloads:
                     results.setdefault((workload.name, REAL), []).append(self._result(workload, repeat, None))
                 # Of several lengths the middle of each part is that of the runs.
                 after = [self.planner.next_half(half.minutes, half) for half in reversed(before)][::-1]
             packs = self._packs(list(zip(before, after, strict=True)), packs)
-            with _stopped([self.real]):
+            with _stopped(self.real):
                 for number, workload in enumerate(self.workloads):
                     # Which is first takes turns.
                     first = (repeat + number) % len(packs)
@@ -185,12 +185,9 @@ class _Loop:
             for workload in self.workloads
         ]
 
-    def _engines(self, but: EngineProcess) -> list[EngineProcess]:
-        return [engine for engine in (self.real, self.emulated) if engine is not None and engine is not but]
-
     def _packs(self, parts: Sequence[Sequence[PlanHalf]], before: Sequence[PlanPack]) -> list[PlanPack]:
         """Of each part its pack, uploaded; the emulated engine is ready and answers from the first."""
-        with _stopped(self._engines(but=self.real)), _stopped([self.real]):
+        with _stopped(self.real, self.emulated):
             found = [
                 self.planner.pack_of(halves, before[number] if before else None) for number, halves in enumerate(parts)
             ]
@@ -205,7 +202,7 @@ class _Loop:
         arguments = (*self.machine.serve, *self.machine.emulated_serve)
         variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
         log_path = self.folder / "emulated.log"
-        with _stopped([self.real]):
+        with _stopped(self.real):
             self.emulated = self.running.enter_context(
                 _engine(self.machine, self.model, self.site, log_path, arguments, variables, self.target)
             )
@@ -244,15 +241,16 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _stopped(engines: Sequence[EngineProcess]) -> Iterator[None]:
-    """Engines that take no core meanwhile, a worker that spins while it waits included."""
-    for engine in engines:
-        os.killpg(engine.pid, signal.SIGSTOP)
+def _stopped(*engines: EngineProcess | None) -> Iterator[None]:
+    """Engines that take no core meanwhile, a worker that spins while it waits included; None: not started yet."""
+    started = [engine.pid for engine in engines if engine is not None]
+    for pid in started:
+        os.killpg(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        for engine in engines:
-            os.killpg(engine.pid, signal.SIGCONT)
+        for pid in started:
+            os.killpg(pid, signal.SIGCONT)
 
 
 def _machine(options: Options, folder: Path, progress: Progress) -> tuple[Machine, Path]:
