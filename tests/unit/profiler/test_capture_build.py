@@ -23,8 +23,9 @@ from builders import build_constant_pack
 from fleet import step_oracle
 from oracle_server import pack
 from oracle_server.errors import InvalidArgument
-from profiler.capture.build import BuildRequest, build_pack, settled_runs
+from profiler.capture.build import BuildRequest, build_pack
 from profiler.capture.evaluate import DRAWS, evaluate, interval_of
+from profiler.capture.step_times import settled_runs
 from profiler.capture.steps import CapturedStep, read_capture
 from profiler.capture.table import COLUMNS, write_table
 from profiler.pack_compare import compare_packs
