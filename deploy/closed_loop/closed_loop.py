@@ -21,8 +21,9 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from deploy.closed_loop.comparison import (
     verdict,
     write_deltas,
 )
+from deploy.closed_loop.explain import Explanation, captured_periods, explain, print_explanations, traced_periods
 from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
 from deploy.closed_loop.plans import KEEP, PlanHalf, Planner, PlanPack, print_errors_by_plan
 from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
@@ -43,10 +45,15 @@ from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
 from environments import shim_site
 from oracle_process import OracleProcess
+from oracle_server.rpc.recompute import read_trace
+from profiler.capture.evaluate import expected_ns
 from profiler.capture.launch import capture_command
+from profiler.capture.steps import CapturedStep
+from step_oracle.v1.trace_pb2 import TraceStep
 
 SEED = 20260921
 REAL = "real"
+_TRACE = "emulated-steps-"
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Options:
     csv: Path | None
     keep: Path | None
     check: bool
+    # Capture the real runs and trace the emulated ones too.
+    explain: bool
     # Of a vLLM with a device of its own; None: one for the CPU, made here.
     vllm: Path | None
     model: str
@@ -76,10 +85,15 @@ def main() -> int:
     Interrupt()
     try:
         with _working_folder(options.keep) as folder:
-            packs, comparisons = _run(options, folder, progress)
+            loop = _run(options, folder, progress)
+            packs, comparisons = loop.packs, loop.comparisons()
             for plan in packs:
                 print(f"\n{plan.told}:")
                 print_comparisons([each for each in comparisons if each.plan_minutes == plan.minutes])
+                if options.explain:
+                    print_explanations(
+                        [(each.name, loop.explanations[each.name, plan.name]) for each in loop.workloads]
+                    )
             if len(packs) > 1:
                 print_errors_by_plan(packs, comparisons)
             _write(options, comparisons)
@@ -98,8 +112,8 @@ def main() -> int:
     return 1 if is_beyond and options.check else 0
 
 
-def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanPack], list[Comparison]]:
-    """One loop from nothing to the figures; whatever it starts has ended when it returns or raises."""
+def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
+    """One loop from nothing to the last run; whatever it starts has ended when it returns or raises."""
     machine, model = _machine(options, folder, progress)
     site = shim_site(folder / "site")
     worker: Sequence[str] = ()
@@ -135,10 +149,10 @@ def _run(options: Options, folder: Path, progress: Progress) -> tuple[list[PlanP
             f"plan of {told} minutes in {options.repeats} parts; the full real engine serves {capacity:.2f} requests/s"
         )
         loop = _Loop(options, workloads, machine, model, site, folder, progress, planner, real, server.target, running)
-        measured = loop.measure()
+        loop.measure()
     if options.steady:
         progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
-    return measured
+    return loop
 
 
 @dataclass
@@ -159,31 +173,61 @@ class _Loop:
     running: contextlib.ExitStack
     # Started once there is a pack.
     emulated: EngineProcess | None = None
+    # The packs of the last parts there are.
+    packs: list[PlanPack] = field(default_factory=list)
+    # By workload and side, of each repeat.
+    results: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    explanations: dict[tuple[str, str], list[Explanation]] = field(default_factory=lambda: defaultdict(list))
 
-    def measure(self) -> tuple[list[PlanPack], list[Comparison]]:
-        """All runs; the packs of the last parts, and a comparison of each workload for each length of plan."""
-        results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        packs: list[PlanPack] = []
+    def measure(self) -> None:
+        """All runs."""
         for repeat in range(self.options.repeats):
             with _stopped(self.emulated):
                 before = [self.planner.next_half(minutes) for minutes in self.options.minutes]
-                for workload in self.workloads:
-                    results.setdefault((workload.name, REAL), []).append(self._result(workload, repeat, None))
+                steps = [self._real_run(workload, repeat) for workload in self.workloads]
                 # Of several lengths the middle of each part is that of the runs.
                 after = [self.planner.next_half(half.minutes, half) for half in reversed(before)][::-1]
-            packs = self._packs(list(zip(before, after, strict=True)), packs)
+            self.packs = self._packs(list(zip(before, after, strict=True)), self.packs)
             with _stopped(self.real):
                 for number, workload in enumerate(self.workloads):
                     # Which is first takes turns.
-                    first = (repeat + number) % len(packs)
-                    for plan in (*packs[first:], *packs[:first]):
-                        result = self._result(workload, repeat, plan)
-                        results.setdefault((workload.name, plan.name), []).append(result)
-        return packs, [
-            compare(workload, results[workload.name, REAL], results[workload.name, plan.name], plan.minutes)
-            for plan in packs
+                    first = (repeat + number) % len(self.packs)
+                    for plan in (*self.packs[first:], *self.packs[:first]):
+                        self._emulated_run(workload, repeat, plan, steps[number])
+
+    def comparisons(self) -> list[Comparison]:
+        """Of each workload for each length of plan."""
+        return [
+            compare(workload, self.results[workload.name, REAL], self.results[workload.name, plan.name], plan.minutes)
+            for plan in self.packs
             for workload in self.workloads
         ]
+
+    def _real_run(self, workload: Workload, repeat: int) -> tuple[CapturedStep, ...]:
+        """One run, and its steps where errors are explained."""
+        steps: tuple[CapturedStep, ...] = ()
+        if self.options.explain:
+            result, found = self.planner.captured(lambda: self._result(workload, repeat, None))
+            steps = found.run.steps
+        else:
+            result = self._result(workload, repeat, None)
+        self.results[workload.name, REAL].append(result)
+        return steps
+
+    def _emulated_run(self, workload: Workload, repeat: int, plan: PlanPack, steps: Sequence[CapturedStep]) -> None:
+        """One run; with the real one's `steps`, where they are asked for, its explanation."""
+        before = self._traced() if self.options.explain else []
+        self.results[workload.name, plan.name].append(self._result(workload, repeat, plan))
+        if self.options.explain:
+            real, counted = captured_periods(steps)
+            emulated = traced_periods(self._traced()[len(before) :])
+            explanation = explain(real, expected_ns(plan.pack, steps)[counted], emulated)
+            self.explanations[workload.name, plan.name].append(explanation)
+
+    def _traced(self) -> list[TraceStep]:
+        """All steps of the emulated engine up to now."""
+        (path,) = self.folder.glob(f"{_TRACE}*")
+        return [record.step for record in read_trace(path) if record.HasField("step")]
 
     def _packs(self, parts: Sequence[Sequence[PlanHalf]], before: Sequence[PlanPack]) -> list[PlanPack]:
         """Of each part its pack, uploaded; the emulated engine is ready and answers from the first."""
@@ -201,6 +245,8 @@ class _Loop:
         step_oracle(*create, next_step=KEEP)
         arguments = (*self.machine.serve, *self.machine.emulated_serve)
         variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
+        if self.options.explain:
+            variables["STEP_ORACLE_TRACE"] = str(self.folder / _TRACE)
         log_path = self.folder / "emulated.log"
         with _stopped(self.real):
             self.emulated = self.running.enter_context(
@@ -352,6 +398,11 @@ def _options() -> Options:
         "--keep", type=Path, metavar="DIR", help="keep logs, capture, packs and runs in this new folder"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a mean is beyond its bound (longest plan)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="capture the real runs and trace the emulated ones too, and tell where the errors come from",
+    )
     given = parser.parse_args()
     if given.keep is not None and given.keep.exists():
         parser.error(f"--keep {given.keep}: it exists; name a new folder")
@@ -374,6 +425,7 @@ def _options() -> Options:
         csv=given.csv,
         keep=given.keep,
         check=given.check,
+        explain=given.explain,
         vllm=given.vllm,
         model=given.model or "qwen3-8b",
         serve=given.serve or (),

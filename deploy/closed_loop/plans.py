@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -29,6 +30,7 @@ from profiler.capture.steps import CapturedRun, Overhead, read_capture
 KEEP = "ARGS='--keep DIR' keeps every log, the capture and the packs"
 # As the command does where it is not told: percent.
 _TARGET = 1.0
+Result = TypeVar("Result")
 # Label of a row and key of LLM-Emu's columns.
 _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), ("tokens/s", "tps"))
 
@@ -141,14 +143,15 @@ class Planner:
             first_visit=first.result.next_visit if first else 0,
         )
         log = (self._folder / f"plan-{self._halves}.log").open("w", encoding="utf-8")
-        try:
-            resume(self._run)
+
+        def driven() -> PlanResult:
             with log, contextlib.redirect_stdout(log), self._machine.beside_the_model():
-                result = drive(self._engine, self._run, options)
+                return drive(self._engine, self._run, options)
+
+        try:
+            result, found = self.captured(driven)
         except InvalidArgument as error:
             raise DemoFailed(f"the plan was not driven: {error.message}", KEEP) from None
-        captured = self._rest()
-        found, self._captured = slice_of(captured, self._captured), captured
         if found.begin == found.end:
             raise DemoFailed(f"{options.minutes:.2g} minutes of a plan gave no step", "give the plan more --minutes")
         half = PlanHalf(minutes, time.monotonic() - begin, result, found)
@@ -159,6 +162,20 @@ class Planner:
         for line in summary_lines(found.run):
             self._progress.say(f"    {line.strip()}")
         return half
+
+    def captured(self, work: Callable[[], Result]) -> tuple[Result, Slice]:
+        """What the work returns, and what the engine's capture got meanwhile. Raises as it does, and DemoFailed."""
+        self._resume()
+        result = work()
+        whole = self._rest()
+        found, self._captured = slice_of(whole, self._captured), whole
+        return result, found
+
+    def _resume(self) -> None:
+        try:
+            resume(self._run)
+        except InvalidArgument as error:
+            raise DemoFailed(f"the capture does not go on: {error.message}", KEEP) from None
 
     def _rest(self) -> CapturedRun:
         """Nothing is captured any more; all there is."""

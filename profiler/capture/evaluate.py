@@ -37,6 +37,10 @@ SUPPORT_NAMES: Final = {
 }
 
 
+# Column of what is expected in the rows of `_judge`.
+_EXPECTED: Final = 1
+
+
 @dataclass(frozen=True)
 class Errors:
     """Of a group of steps. Percent; bias is that of the summed time, coverage the share inside the 90 % interval."""
@@ -96,6 +100,14 @@ def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluati
         held_out=held_out,
         notes=(*_cautions(held_out), *(f"{run.name}: {note}" for run in runs for note in run.notes)),
     )
+
+
+def expected_ns(directory: Path, steps: Sequence[CapturedStep]) -> NDArray[np.float64]:
+    """What the pack says of each of these consecutive steps on average. Raises PackInvalid."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = pack.compile_pack(directory, Path(scratch) / "compiled")
+        oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
+        return _judge(oracle, pack.wake_curve(report.manifest.latency), steps)[:, _EXPECTED]
 
 
 def interval_of(drawn: NDArray[np.float64]) -> tuple[float, float]:
