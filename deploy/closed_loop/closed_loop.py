@@ -3,11 +3,11 @@
 Or one on a GPU: --vllm names its environment.
 
 The process that is captured is the one that serves as the real engine: two processes of one engine differ in speed.
-Each repeat drives half a part of the plan on it, lets it serve the workloads, drives the other half, builds a pack of
-both and activates it on the emulated engine, which serves the same workloads. While an engine serves, the capture
-rests; engines that do not serve are stopped, and on a CPU one core belongs to the model alone. With several lengths of
-plan there is a part and a pack of each, activated in turn on the one emulated engine, and all are set beside the same
-runs of the real one.
+The first part of the plan is driven on it; then each repeat lets it serve the workloads, with a part of the plan
+before, between and after them, builds a pack of all parts, activates it at the speed of the repeat's own parts, and
+lets the emulated engine serve the same workloads. While the real engine serves, the capture rests; engines that do not
+serve are stopped, and on a CPU one core belongs to the model alone. With several lengths of plan there are parts and a
+pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from deploy.closed_loop.comparison import (
 )
 from deploy.closed_loop.explain import Explanation, captured_periods, explain, print_explanations, traced_periods
 from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
-from deploy.closed_loop.plans import KEEP, PlanHalf, Planner, PlanPack, print_errors_by_plan
+from deploy.closed_loop.plans import FIRST_SHARE, KEEP, Planner, PlanPack, PlanPart, print_errors_by_plan
 from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
-from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload, measured_capacity, run_bench
+from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
@@ -88,7 +88,7 @@ def main() -> int:
             loop = _run(options, folder, progress)
             packs, comparisons = loop.packs, loop.comparisons()
             for plan in packs:
-                print(f"\n{plan.told}:")
+                print(f"\n{plan.built}\n{plan.told}:")
                 print_comparisons([each for each in comparisons if each.plan_minutes == plan.minutes])
                 if options.explain:
                     print_explanations(
@@ -130,26 +130,25 @@ def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
         )
         _wait_ready(real, "real", machine)
         progress.say("3/4 how much the full real engine serves")
-        planner = Planner(machine, real.base_url, captured.run, folder, options.repeats, options.kind, progress)
+        planner = Planner(machine, real.base_url, captured.run, folder, options.kind, progress)
         with machine.beside_the_model():
-            capacity = measured_capacity(
-                machine.vllm,
-                real.base_url,
-                users=machine.users,
-                model=model,
-                site=site,
-                folder=folder / "runs" / "capacity",
-                seed=SEED,
+            client = running.enter_context(BenchClient(machine.vllm, site, model, folder / "client.log"))
+            capacity = client.capacity(
+                real.base_url, users=machine.users, folder=folder / "runs" / "capacity", seed=SEED
             )
         workloads = [workload.on(capacity) for workload in options.workloads]
         runs = options.repeats * len(workloads) * (1 + len(options.minutes))
         told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
         progress.say(
             f"4/4 {runs} runs of about {options.seconds:g} s, the real engine and the emulated one in turn, beside a "
-            f"plan of {told} minutes in {options.repeats} parts; the full real engine serves {capacity:.2f} requests/s"
+            f"plan of {told} minutes; the full real engine serves {capacity:.2f} requests/s"
         )
-        loop = _Loop(options, workloads, machine, model, site, folder, progress, planner, real, server.target, running)
+        loop = _Loop(
+            options, workloads, machine, model, site, folder, progress, planner, client, real, server.target, running
+        )
         loop.measure()
+        for line in planner.summary():
+            progress.say(line.strip())
     if options.steady:
         progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
     return loop
@@ -167,33 +166,51 @@ class _Loop:
     folder: Path
     progress: Progress
     planner: Planner
+    client: BenchClient
     real: EngineProcess
     target: str
     # Ends what is started.
     running: contextlib.ExitStack
     # Started once there is a pack.
     emulated: EngineProcess | None = None
-    # The packs of the last parts there are.
+    # Of the last repeat, one for each length of plan.
     packs: list[PlanPack] = field(default_factory=list)
+    # What was driven of each.
+    parts: dict[float, list[PlanPart]] = field(default_factory=lambda: defaultdict(list))
     # By workload and side, of each repeat.
     results: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     explanations: dict[tuple[str, str], list[Explanation]] = field(default_factory=lambda: defaultdict(list))
 
     def measure(self) -> None:
         """All runs."""
+        with _stopped(self.emulated):
+            for minutes in self.options.minutes:
+                self.parts[minutes].append(self.planner.next_part(minutes, FIRST_SHARE))
         for repeat in range(self.options.repeats):
+            steps = []
             with _stopped(self.emulated):
-                before = [self.planner.next_half(minutes) for minutes in self.options.minutes]
-                steps = [self._real_run(workload, repeat) for workload in self.workloads]
-                # Of several lengths the middle of each part is that of the runs.
-                after = [self.planner.next_half(half.minutes, half) for half in reversed(before)][::-1]
-            self.packs = self._packs(list(zip(before, after, strict=True)), self.packs)
+                driven = self._between({})
+                for workload in self.workloads:
+                    steps.append(self._real_run(workload, repeat))
+                    driven = self._between(driven)
+            self.packs = self._packs(driven)
             with _stopped(self.real):
                 for number, workload in enumerate(self.workloads):
                     # Which is first takes turns.
                     first = (repeat + number) % len(self.packs)
                     for plan in (*self.packs[first:], *self.packs[:first]):
                         self._emulated_run(workload, repeat, plan, steps[number])
+
+    def _between(self, before: Mapping[float, Sequence[PlanPart]]) -> dict[float, list[PlanPart]]:
+        """Drive the next part of each plan, which goes on where the repeat's last one ended; all the repeat's parts."""
+        share = (1 - FIRST_SHARE) / (self.options.repeats * (len(self.workloads) + 1))
+        driven: dict[float, list[PlanPart]] = {}
+        for minutes in self.options.minutes:
+            earlier = before.get(minutes, ())
+            part = self.planner.next_part(minutes, share, earlier[-1] if earlier else None)
+            self.parts[minutes].append(part)
+            driven[minutes] = [*earlier, part]
+        return driven
 
     def comparisons(self) -> list[Comparison]:
         """Of each workload for each length of plan."""
@@ -221,7 +238,8 @@ class _Loop:
         if self.options.explain:
             real, counted = captured_periods(steps)
             emulated = traced_periods(self._traced()[len(before) :])
-            explanation = explain(real, expected_ns(plan.pack, steps)[counted], emulated)
+            (expected,) = expected_ns(plan.pack, [steps])
+            explanation = explain(real, plan.speed * expected[counted], emulated)
             self.explanations[workload.name, plan.name].append(explanation)
 
     def _traced(self) -> list[TraceStep]:
@@ -229,19 +247,19 @@ class _Loop:
         (path,) = self.folder.glob(f"{_TRACE}*")
         return [record.step for record in read_trace(path) if record.HasField("step")]
 
-    def _packs(self, parts: Sequence[Sequence[PlanHalf]], before: Sequence[PlanPack]) -> list[PlanPack]:
-        """Of each part its pack, uploaded; the emulated engine is ready and answers from the first."""
+    def _packs(self, now: Mapping[float, Sequence[PlanPart]]) -> list[PlanPack]:
+        """Of all parts of each plan its pack, uploaded, at the speed of this repeat's parts; the emulated engine is
+        ready and answers from the first.
+        """
         with _stopped(self.real, self.emulated):
-            found = [
-                self.planner.pack_of(halves, before[number] if before else None) for number, halves in enumerate(parts)
-            ]
+            found = [self.planner.pack_of(self.parts[minutes], now[minutes]) for minutes in self.options.minutes]
         at = ("--target", self.target)
         for plan in found:
             step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
         if self.emulated is not None:
             self._activate(found[0])
             return found
-        create = ("experiment", "create", "default", "--pack", str(found[0].pack), "--seed", "1", *at)
+        create = ("experiment", "create", "default", *_served(found[0]), "--seed", "1", *at)
         step_oracle(*create, next_step=KEEP)
         arguments = (*self.machine.serve, *self.machine.emulated_serve)
         variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
@@ -256,9 +274,7 @@ class _Loop:
         return found
 
     def _activate(self, plan: PlanPack) -> None:
-        step_oracle(
-            *("experiment", "activate", "default", "--pack", str(plan.pack), "--target", self.target), next_step=KEEP
-        )
+        step_oracle("experiment", "activate", "default", *_served(plan), "--target", self.target, next_step=KEEP)
 
     def _result(self, workload: Workload, repeat: int, plan: PlanPack | None) -> dict[str, Any]:
         """One run on the engine emulated from this pack, or on the real one; the other is stopped."""
@@ -267,23 +283,21 @@ class _Loop:
         if plan is not None and len(self.options.minutes) > 1:
             self._activate(plan)
         side, number = plan.name if plan else REAL, self.workloads.index(workload)
-        with self.machine.beside_the_model():
-            result = run_bench(
-                self.machine.vllm,
-                workload,
-                engine.base_url,
-                model=self.model,
-                site=self.site,
-                folder=self.folder / "runs" / f"{number}-{repeat}-{side}",
-                seconds=self.options.seconds,
-                # The same requests every time.
-                seed=SEED + number,
-            )
+        folder = self.folder / "runs" / f"{number}-{repeat}-{side}"
+        # The same requests every time.
+        result = self.client.run(
+            workload, engine.base_url, folder=folder, seconds=self.options.seconds, seed=SEED + number
+        )
         self.progress.say(
             f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "
             f"E2E {result['mean_e2el_ms']:.0f} ms"
         )
         return result
+
+
+def _served(plan: PlanPack) -> tuple[str, ...]:
+    """What an experiment is told of the pack and of its speed."""
+    return "--pack", str(plan.pack), "--time-scale", f"{plan.speed:.4f}"
 
 
 @contextlib.contextmanager

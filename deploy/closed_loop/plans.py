@@ -1,8 +1,8 @@
-"""Parts of plans of one length or several on the captured engine, a pack of each, and how much a longer plan buys.
+"""Parts of plans of one length or several on the captured engine, their packs, and how much a longer plan buys.
 
-A plan is driven in parts, one for each repeat, half of it before the real engine's runs and half behind them, and the
-emulated runs of the repeat are from the pack of that part alone: the speed of a machine that others use too drifts by
-more within minutes than a model is wrong, and what drifts evenly is in the two halves as it is in the runs between.
+The first part of a plan comes before everything, the others between the real engine's runs. A pack is of all parts up
+to now, and is served at the speed of the repeat's own parts: the speed of a machine that others use too drifts by more
+within minutes than a model is wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,13 +25,19 @@ from deploy.closed_loop.machine import Machine
 from deploy.demo.progress import DemoFailed, Progress, step_oracle
 from oracle_server.errors import InvalidArgument
 from profiler.capture.command import summary_lines
-from profiler.capture.driver import PlanOptions, PlanResult, drive
+from profiler.capture.driver import Coverage, PlanOptions, PlanResult, drive, limits_of
+from profiler.capture.evaluate import expected_ns
 from profiler.capture.pause import pause, resume
+from profiler.capture.plan import visits
 from profiler.capture.steps import CapturedRun, Overhead, read_capture
 
 KEEP = "ARGS='--keep DIR' keeps every log, the capture and the packs"
 # As the command does where it is not told: percent.
 _TARGET = 1.0
+# Of a plan's minutes, before everything: most regions are known from there.
+FIRST_SHARE = 0.4
+# A step that took so many times longer or shorter than it should says no more of the machine's speed.
+_MOST_OFF = 2.0
 Result = TypeVar("Result")
 # Label of a row and key of LLM-Emu's columns.
 _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), ("tokens/s", "tps"))
@@ -37,20 +45,24 @@ _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), (
 
 @dataclass(frozen=True)
 class PlanPack:
-    """The pack of the last part there is of a plan of this length.
+    """The pack of all parts up to now of a plan of this length.
 
-    `seconds`: the parts so far took to drive; `steps`: what they hold beside a warm-up.
+    `speed`: so many times as long as it says did the steps of the last repeat's parts take; `seconds`: all parts took
+    to drive; `steps`: what they hold beside a warm-up.
     """
 
     minutes: float
     pack: Path
+    speed: float
     seconds: float
     steps: int
-    # Regions of the plan that the last half of a part knows to its target, measured at all, and that the plan has.
+    parts: int
+    # Regions of the plan that are known to its target, measured at all, and that it has.
     tight: int
     measured: int
     regions: int
-    parts: int = 1
+    # What `build` says of it.
+    built: str
 
     @property
     def name(self) -> str:
@@ -60,15 +72,14 @@ class PlanPack:
     def told(self) -> str:
         """For people, in one line."""
         return (
-            f"plan of {self.minutes:g} minutes in {self.parts} parts, a pack of each: {self.steps} steps; of "
-            f"{self.regions} regions the last half of one measured {self.measured}, {self.tight} tight; driven for "
-            f"{self.seconds / 60:.1f} minutes"
+            f"plan of {self.minutes:g} minutes in {self.parts} parts: {self.steps} steps; {self.measured} of "
+            f"{self.regions} regions measured, {self.tight} tight; driven for {self.seconds / 60:.1f} minutes"
         )
 
 
 @dataclass(frozen=True)
-class PlanHalf:
-    """Half of a part that was driven: of which plan, and where its steps are in the capture."""
+class PlanPart:
+    """One part that was driven: of which plan, and where its steps are in the capture."""
 
     minutes: float
     seconds: float
@@ -115,34 +126,32 @@ class _DrivenEngine:
 
 
 class Planner:
-    """Drives the captured engine through the parts of plans, and builds the pack of each part.
+    """Drives the captured engine through the parts of plans, and builds packs of them.
 
     Otherwise the capture rests. Used by the main thread.
     """
 
-    def __init__(
-        self, machine: Machine, base_url: str, run: Path, folder: Path, parts: int, kind: str, progress: Progress
-    ) -> None:
-        """`run`: the folder the engine is captured into; `parts`: of each plan. Raises DemoFailed."""
+    def __init__(self, machine: Machine, base_url: str, run: Path, folder: Path, kind: str, progress: Progress) -> None:
+        """`run`: the folder the engine is captured into. Raises DemoFailed."""
         self._machine, self._engine, self._run, self._folder = machine, _DrivenEngine(base_url), run, folder
-        self._parts, self._kind, self._progress = parts, kind, progress
-        self._halves = 0
-        # The run as it was when the last half had been driven.
+        self._kind, self._progress = kind, progress
+        self._drives = self._packs = 0
+        # The run as it was when the last part had been driven.
         self._captured = self._rest()
 
-    def next_half(self, minutes: float, first: PlanHalf | None = None) -> PlanHalf:
-        """Half a part more of the plan of this length; the second one goes on where the `first` ended, or the two would
-        know half as many regions. Afterwards all of it is in the files.
+    def next_part(self, minutes: float, share: float, last: PlanPart | None = None) -> PlanPart:
+        """This share of the plan of this length, from its beginning or from where the `last` part ended. Afterwards all
+        of it is in the files.
         """
         begin = time.monotonic()
-        self._halves += 1
+        self._drives += 1
         options = PlanOptions(
-            minutes / self._parts / 2,
+            minutes * share,
             _TARGET,
-            is_further_part=self._halves > 1,
-            first_visit=first.result.next_visit if first else 0,
+            is_further_part=self._drives > 1,
+            first_visit=last.result.next_visit if last else 0,
         )
-        log = (self._folder / f"plan-{self._halves}.log").open("w", encoding="utf-8")
+        log = (self._folder / f"plan-{self._drives}.log").open("w", encoding="utf-8")
 
         def driven() -> PlanResult:
             with log, contextlib.redirect_stdout(log), self._machine.beside_the_model():
@@ -154,14 +163,16 @@ class Planner:
             raise DemoFailed(f"the plan was not driven: {error.message}", KEEP) from None
         if found.begin == found.end:
             raise DemoFailed(f"{options.minutes:.2g} minutes of a plan gave no step", "give the plan more --minutes")
-        half = PlanHalf(minutes, time.monotonic() - begin, result, found)
+        part = PlanPart(minutes, time.monotonic() - begin, result, found)
         self._progress.say(
-            f"    {options.minutes:.2g} minutes of the plan of {minutes:g}: {result.tight} of {result.regions} regions "
-            f"tight, {result.measured} measured, {half.seconds:.0f} s"
+            f"    part {self._drives}, {60 * options.minutes:.0f} s of the plan of {minutes:g} minutes: "
+            f"{found.end - found.begin} steps, {result.measured} of {result.regions} regions, {part.seconds:.0f} s"
         )
-        for line in summary_lines(found.run):
-            self._progress.say(f"    {line.strip()}")
-        return half
+        return part
+
+    def summary(self) -> list[str]:
+        """What the capture got in all, and what it cost."""
+        return summary_lines(self._captured)
 
     def captured(self, work: Callable[[], Result]) -> tuple[Result, Slice]:
         """What the work returns, and what the engine's capture got meanwhile. Raises as it does, and DemoFailed."""
@@ -188,27 +199,39 @@ class Planner:
             raise DemoFailed(f"the engine has {len(runs)} data-parallel ranks", "the loop compares engines of one")
         return runs[0]
 
-    def pack_of(self, halves: Sequence[PlanHalf], before: PlanPack | None) -> PlanPack:
-        """The pack of these halves of one part alone, which comes after the pack `before`."""
-        minutes, number = halves[0].minutes, before.parts + 1 if before else 1
-        pack = self._folder / f"pack-{minutes:g}m-{number}"
-        spans = [("--steps", f"{half.slice.begin}:{half.slice.end}") for half in halves]
+    def pack_of(self, parts: Sequence[PlanPart], now: Sequence[PlanPart]) -> PlanPack:
+        """The pack of these parts of one plan, at the speed of those of `now`. Raises DemoFailed."""
+        minutes, self._packs = parts[0].minutes, self._packs + 1
+        pack = self._folder / f"pack-{minutes:g}m-{self._packs}"
+        spans = [("--steps", f"{part.slice.begin}:{part.slice.end}") for part in parts]
         command = ("build", str(self._run), "--kind", self._kind, "-o", str(pack))
-        built = step_oracle(*command, *(part for span in spans for part in span), next_step=KEEP)
-        if number == self._parts:
-            print(built, flush=True)
-        seconds, steps = (before.seconds, before.steps) if before else (0.0, 0)
-        last = halves[-1].result
-        return PlanPack(
+        built = step_oracle(*command, *(argument for span in spans for argument in span), next_step=KEEP)
+        limits = limits_of(parts[0].slice.run.engine["engine"])
+        coverage = Coverage(visits(limits))
+        for part in parts:
+            coverage.take(part.slice.run.steps)
+        own = [[step for step in part.slice.run.steps if not step.warm_up and step.latency_ns > 0] for part in now]
+        speed = speed_of([step.latency_ns for steps in own for step in steps], np.concatenate(expected_ns(pack, own)))
+        found = PlanPack(
             minutes,
             pack,
-            seconds + sum(half.seconds for half in halves),
-            steps + sum(half.slice.end - half.slice.begin for half in halves),
-            last.tight,
-            last.measured,
-            last.regions,
-            number,
+            speed,
+            sum(part.seconds for part in parts),
+            sum(part.slice.end - part.slice.begin for part in parts),
+            len(parts),
+            coverage.tight(_TARGET),
+            coverage.measured(),
+            len(coverage.plan),
+            built,
         )
+        self._progress.say(f"    {found.told}; this repeat took {speed:.3f} times as long as the pack says")
+        return found
+
+
+def speed_of(latencies_ns: Sequence[float], expected: NDArray[np.float64]) -> float:
+    """How many times as long as expected steps took: the mean, in which none counts for more than twice or half."""
+    ratios = np.array(latencies_ns, dtype=np.float64) / expected
+    return float(np.clip(ratios, 1 / _MOST_OFF, _MOST_OFF).mean())
 
 
 def print_errors_by_plan(packs: Sequence[PlanPack], comparisons: Sequence[Comparison]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from deploy.demo.progress import DemoFailed, tail
 from engine_process import engine_variables
 from environments import VllmEnvironment
 
+_COMMANDS = Path(__file__).with_name("vllm_commands.py")
 SERVED_MODEL = "m"
 WARMUPS = 6
 # A chat-like mix with long right tails, small enough for one core: means of about 150 and 40 tokens.
@@ -66,55 +70,89 @@ WORKLOADS = (
 QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
 
 
-def measured_capacity(
-    environment: VllmEnvironment, base_url: str, *, users: int, model: Path, site: Path, folder: Path, seed: int
-) -> float:
-    """Requests per second that the engine at this address serves to so many users that it is never idle."""
-    full = Workload(f"closed loop {users}", users=users, capacity=2 * users)
-    result = run_bench(environment, full, base_url, model=model, site=site, folder=folder, seconds=1.0, seed=seed)
-    return float(result["request_throughput"])
+class BenchClient:
+    """vLLM's own benchmark, `vllm bench serve`, for one run after the other; as a context manager.
 
+    Its processes are children of one that has imported vLLM (vllm_commands.py): that takes a slow core 20 s. It is
+    started on the cores this process may use then.
+    """
 
-def run_bench(
-    environment: VllmEnvironment,
-    workload: Workload,
-    base_url: str,
-    *,
-    model: Path,
-    site: Path,
-    folder: Path,
-    seconds: float,
-    seed: int,
-) -> dict[str, Any]:
-    """One run of vLLM's own benchmark; its result. Raises DemoFailed where it or one of its requests fails."""
-    folder.mkdir(parents=True)
-    requests, dataset, log_path = workload.requests(seconds), folder / "requests.json", folder / "client.log"
-    write_dataset(dataset, model, requests=requests, seed=seed, prompts=PROMPTS, outputs=OUTPUTS)
-    command = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-    command += ["--base-url", base_url, "--model", str(model), "--served-model-name", SERVED_MODEL, "--ignore-eos"]
-    command += ["--dataset-name", "sharegpt", "--dataset-path", str(dataset), "--disable-shuffle"]
-    command += ["--num-prompts", str(requests), "--seed", str(seed), "--num-warmups", str(WARMUPS), *workload.flags()]
-    command += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99", "--disable-tqdm"]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
-    with log_path.open("wb") as log:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=engine_variables(site, None) | {"TMPDIR": os.environ.get("TMPDIR", "/tmp")},  # noqa: S108
-            check=False,
-        )
-    result = folder / "result.json"
-    if done.returncode or not result.exists():
-        raise DemoFailed(
-            f"vllm bench serve ended with {done.returncode}:\n{tail(log_path)}",
-            "the lines above are the client's; ARGS='--keep DIR' keeps the engines' logs too",
-        )
-    document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if document["completed"] != requests:
-        raise DemoFailed(
-            f"{document['completed']} of {requests} requests of {workload.name} were served",
-            "ARGS='--keep DIR' keeps the logs that say why",
-        )
-    return document
+    def __init__(self, environment: VllmEnvironment, site: Path, model: Path, log_path: Path) -> None:
+        """`site`: a shim_site; `log_path`: what the parent says. Returns once it can run; raises DemoFailed."""
+        self._model, self._log_path = model, log_path
+        with log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(environment.python), "-P", str(_COMMANDS)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=engine_variables(site, None) | {"TMPDIR": os.environ.get("TMPDIR", "/tmp")},  # noqa: S108
+                text=True,
+                # Ends with its children, whatever they are at.
+                process_group=0,
+            )
+        try:
+            self._reply()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> BenchClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it, and a run that is under way."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def capacity(self, base_url: str, *, users: int, folder: Path, seed: int) -> float:
+        """Requests per second that the engine at this address serves to so many users that it is never idle."""
+        full = Workload(f"closed loop {users}", users=users, capacity=2 * users)
+        result = self.run(full, base_url, folder=folder, seconds=1.0, seed=seed)
+        return float(result["request_throughput"])
+
+    def run(self, workload: Workload, base_url: str, *, folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+        """One run; its result. Raises DemoFailed where it or one of its requests fails."""
+        folder.mkdir(parents=True)
+        requests, dataset, log_path = workload.requests(seconds), folder / "requests.json", folder / "client.log"
+        write_dataset(dataset, self._model, requests=requests, seed=seed, prompts=PROMPTS, outputs=OUTPUTS)
+        command = ["bench", "serve", "--base-url", base_url, "--model", str(self._model)]
+        command += ["--served-model-name", SERVED_MODEL, "--ignore-eos"]
+        command += ["--dataset-name", "sharegpt", "--dataset-path", str(dataset), "--disable-shuffle"]
+        command += ["--num-prompts", str(requests), "--seed", str(seed), "--num-warmups", str(WARMUPS)]
+        command += [*workload.flags(), "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"]
+        command += ["--disable-tqdm", "--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+        status, result = self._status_of(command, log_path), folder / "result.json"
+        if status or not result.exists():
+            raise DemoFailed(
+                f"vllm bench serve ended with {status}:\n{tail(log_path)}",
+                "the lines above are the client's; ARGS='--keep DIR' keeps the engines' logs too",
+            )
+        document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if document["completed"] != requests:
+            raise DemoFailed(
+                f"{document['completed']} of {requests} requests of {workload.name} were served",
+                "ARGS='--keep DIR' keeps the logs that say why",
+            )
+        return document
+
+    def _status_of(self, arguments: Sequence[str], log_path: Path) -> int:
+        assert self._process.stdin is not None  # noqa: S101  it is a pipe
+        command = json.dumps({"arguments": arguments, "output": str(log_path)})
+        # A parent that has ended is told of below, in its own words.
+        with contextlib.suppress(BrokenPipeError):
+            print(command, file=self._process.stdin, flush=True)
+        return int(self._reply())
+
+    def _reply(self) -> str:
+        assert self._process.stdout is not None  # noqa: S101  it is a pipe
+        if not (line := self._process.stdout.readline()):
+            raise DemoFailed(
+                f"the process that runs vllm bench serve ended with {self._process.wait()}:\n{tail(self._log_path)}",
+                "the lines above are its own; a vLLM without the benchmark's packages lacks vllm[bench]",
+            )
+        return line

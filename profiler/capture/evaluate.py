@@ -102,12 +102,13 @@ def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluati
     )
 
 
-def expected_ns(directory: Path, steps: Sequence[CapturedStep]) -> NDArray[np.float64]:
-    """What the pack says of each of these consecutive steps on average. Raises PackInvalid."""
+def expected_ns(directory: Path, stretches: Sequence[Sequence[CapturedStep]]) -> list[NDArray[np.float64]]:
+    """What the pack says of each step on average. Steps of a stretch follow each other. Raises PackInvalid."""
     with tempfile.TemporaryDirectory() as scratch:
         report = pack.compile_pack(directory, Path(scratch) / "compiled")
         oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
-        return _judge(oracle, pack.wake_curve(report.manifest.latency), steps)[:, _EXPECTED]
+        wake = pack.wake_curve(report.manifest.latency)
+        return [_judge(oracle, wake, steps)[:, _EXPECTED] for steps in stretches]
 
 
 def interval_of(drawn: NDArray[np.float64]) -> tuple[float, float]:

@@ -23,7 +23,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path) -> None:
     cpu_vllm_environment()
     deltas, figures = tmp_path / "per_rate_deltas.csv", tmp_path / "figures.json"
-    command = [sys.executable, "-m", "deploy.closed_loop.closed_loop", "--quick", "--steady", "--seconds", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.closed_loop.closed_loop",
+        "--quick",
+        "--steady",
+        "--seconds",
+        "3",
+        "--explain",
+    ]
     paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
     done = subprocess.run(
         [*command, "--csv", str(deltas), "--json", str(figures)],
@@ -38,13 +47,17 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
 
     assert document["steady"] is True
     assert re.search(r"the steady device of the real engine: \d+ of [1-9]\d* steps took longer", done.stdout)
-    # One engine, captured in two parts of two halves; the pack of the second has nothing of the first, nor of the runs.
-    captured = [int(steps) for steps in re.findall(r"run-001: (\d+) steps", done.stdout)]
-    assert len(captured) == done.stdout.count("capture took") == 4
+    # One engine, captured in one part of the plan, then before, between and behind two workloads, twice. The pack has
+    # all of them, and nothing of the runs, which are captured for the explanation.
+    captured = [int(steps) for steps in re.findall(r"part \d+, .* minutes: (\d+) steps", done.stdout)]
+    assert len(captured) == 7
     packed = re.search(r"(\d+) steps of 1 runs; left out: (\d+) of the warm-up, (\d+) not asked for\n", done.stdout)
     assert packed is not None, done.stdout
-    assert int(packed[1]) == sum(captured[2:])
-    assert int(packed[2]) + int(packed[3]) == sum(captured[:2])
+    assert int(packed[1]) == sum(captured)
+    assert int(packed[3]) > 0
+    (whole,) = re.findall(r"run-001: (\d+) steps", done.stdout)
+    assert int(whole) == sum(map(int, packed.groups()))
+    assert all(0.5 < float(speed) < 2.0 for speed in re.findall(r"took ([\d.]+) times as long", done.stdout))
     assert "not in every rank's file" not in done.stdout
     assert [entry["workload"]["name"] for entry in document["comparisons"]] == ["Poisson 50 %", "closed loop 8"]
     for entry in document["comparisons"]:
@@ -53,4 +66,10 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
             assert all(math.isfinite(value) and value > 0 for value in (*figure["real"], *figure["emulated"]))
     assert len(deltas.read_text().splitlines()) == 3
     assert "± real" in done.stdout
+    explained = done.stdout.partition("time between tokens, at the engine")[2].splitlines()
+    for name in ("Poisson 50 %", "closed loop 8"):
+        (row,) = (line for line in explained if line.strip().startswith(name))
+        real_ms, emulated_ms, error, *_, first, second = map(float, row.partition(name)[2].split())
+        assert error == pytest.approx(100 * (emulated_ms / real_ms - 1), abs=3)
+        assert math.isfinite(first + second)
     assert "means are beyond their bound" in done.stdout

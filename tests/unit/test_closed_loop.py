@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import captures
@@ -26,13 +28,25 @@ from deploy.closed_loop.comparison import (
     verdict,
     write_deltas,
 )
+from deploy.closed_loop.explain import (
+    Explanation,
+    captured_periods,
+    explain,
+    mean_of,
+    print_explanations,
+    traced_periods,
+)
 from deploy.closed_loop.machine import device_machine, model_of
-from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan, slice_of
+from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan, slice_of, speed_of
 from deploy.closed_loop.steady import overruns
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
-from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
+from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload
 from deploy.demo.progress import DemoFailed
+from environments import VllmEnvironment
+from model_dir import write_model_dir
 from profiler.capture.steps import Overhead, read_capture
+from step_oracle.v1.step_pb2 import StepRequest, StepShape
+from step_oracle.v1.trace_pb2 import TraceStep
 
 
 def result(**changes: float) -> dict[str, Any]:
@@ -131,7 +145,7 @@ def test_errors_by_length_of_plan_are_told_in_size_and_in_the_largest(capsys: py
         ]
 
     short, longer = comparisons(1.0, 94.0, 102.0), comparisons(3.0, 101.0, 101.0)
-    packs = [PlanPack(minutes, Path("p"), 90.0, 500, 20, 41, 77) for minutes in (1.0, 3.0)]
+    packs = [PlanPack(minutes, Path("p"), 1.0, 90.0, 500, 4, 20, 41, 77, "") for minutes in (1.0, 3.0)]
     print_errors_by_plan(packs, [*short, *longer])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
 
@@ -164,6 +178,70 @@ def test_a_part_without_a_step_is_no_division_by_zero(tmp_path: Path) -> None:
     part = slice_of(whole, whole)
 
     assert (part.begin, part.end, part.run.steps) == (20, 20, ())
+
+
+def test_the_speed_is_the_mean_over_steps_and_no_stall_decides_it() -> None:
+    expected = np.array([1e6, 2e6, 4e6, 4e6])
+
+    assert speed_of([1.1e6, 2.2e6, 4.4e6, 4.4e6], expected) == pytest.approx(1.1)
+    # One step in four took twenty times as long: it counts as twice.
+    assert speed_of([1e6, 2e6, 4e6, 80e6], expected) == pytest.approx(1.25)
+    assert speed_of([1e6, 2e6, 4e6, 0.1e6], expected) == pytest.approx(0.875)
+
+
+def client_of(tmp_path: Path, vllm: str) -> BenchClient:
+    """On a vLLM whose command line does this."""
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "main.py").write_text(
+        f"import json, os, sys\nprint('hello')\ndef main():\n{textwrap.indent(vllm, '    ')}"
+    )
+    model = write_model_dir(tmp_path / "model", "qwen3-tiny")
+    return BenchClient(VllmEnvironment(Path(sys.executable), "0"), tmp_path / "site", model, tmp_path / "client.log")
+
+
+def test_runs_of_the_benchmark_are_children_of_one_process(tmp_path: Path) -> None:
+    """What vLLM prints is no answer, and what one run changes the next does not see."""
+    says = (
+        "if '--help' in sys.argv: raise SystemExit(0)\n"
+        "print(sys.argv[1:3], os.getppid(), len(os.environ.get('SEEN', '')))\n"
+        "os.environ['SEEN'] = 'yes'\n"
+        "folder = sys.argv[sys.argv.index('--result-dir') + 1]\n"
+        "count = int(sys.argv[sys.argv.index('--num-prompts') + 1])\n"
+        "json.dump({'completed': count, 'request_throughput': 2.5}, open(folder + '/result.json', 'w'))\n"
+    )
+    with client_of(tmp_path, says) as client:
+        assert client.capacity("http://x", users=4, folder=tmp_path / "a", seed=1) == 2.5
+        assert client.run(POISSON, "http://x", folder=tmp_path / "b", seconds=10.0, seed=1)["completed"] == 20
+    said = [(tmp_path / name / "client.log").read_text() for name in ("a", "b")]
+
+    assert said[0] == said[1]
+    assert said[0].startswith("['bench', 'serve']")
+    assert said[0].endswith(" 0\n")
+
+
+@pytest.mark.parametrize(
+    ("vllm", "told"),
+    [
+        ("raise SystemExit('no such model')", "vllm bench serve ended with 1"),
+        ("raise ValueError('that went wrong')", "that went wrong"),
+        ("os._exit(7)", "vllm bench serve ended with 7"),
+        ("os.kill(os.getpid(), 9)", "vllm bench serve ended with -9"),
+        ("os.kill(os.getppid(), 9)", "the process that runs vllm bench serve ended with -9"),
+    ],
+)
+def test_a_run_that_fails_is_told_in_its_own_words_and_ends_nothing_else(tmp_path: Path, vllm: str, told: str) -> None:
+    with client_of(tmp_path, f"if '--help' not in sys.argv: {vllm}\n") as client:
+        for folder in ("a", "b"):
+            with pytest.raises(DemoFailed, match=told):
+                client.run(POISSON, "http://x", folder=tmp_path / folder, seconds=1.0, seed=1)
+
+
+def test_a_vllm_without_a_command_line_is_told_of_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DemoFailed, match=r"ended with 1:\n(.|\n)*no such thing"):
+        client_of(tmp_path, "raise ImportError('no such thing')\n")
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("3", (3.0,)), ("4,0.5,4,1", (0.5, 1.0, 4.0))])
@@ -307,3 +385,62 @@ def test_flags_that_do_not_go_together_are_refused(
 
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_error_is_explained_by_pack_host_and_batches() -> None:
+    """Every step 2 ms with 0.5 ms between, 2 requests; the pack says 10 % less, the emulated one waits 0.1 ms longer
+    and has 4 requests in steps of 3 ms."""
+    first, period = captures.steps(1)[0], 2_500_000
+    steps = [
+        first._replace(
+            chunk_tokens=(),
+            num_decode_requests=2,
+            dispatch_ns=number * period + 300_000,
+            device_start_ns=number * period + 500_000,
+            device_end_ns=(number + 1) * period,
+            # 0.2 ms from the last result, and 0.1 ms of the capture's own, which no other engine has.
+            result_ns=(number + 1) * period,
+            host_ns=200_000,
+        )
+        for number in range(20)
+    ]
+    real, counted = captured_periods(steps)
+    traced = [
+        TraceStep(
+            request=StepRequest(shape=StepShape(num_decode_requests=4)),
+            device_start_ns=number * 3_500_000,
+            device_finish_ns=number * 3_500_000 + 3_000_000,
+        )
+        for number in range(10)
+    ]
+    found = explain(real, np.full(20, 1_800_000.0)[counted], traced_periods(traced))
+
+    # The first step has nothing before it.
+    assert counted.sum() == 19
+    assert astuple(found) == pytest.approx((2.4, 3.5, 2.0, 4.0, -100 / 12, 100 / 24, 50.0, 1100 / 24))
+    assert mean_of([found, replace(found, real_ms=2.6)]) == replace(found, real_ms=2.5)
+
+
+def test_a_token_of_a_large_batch_counts_as_much_as_one_of_a_small_batch() -> None:
+    steps = [
+        TraceStep(
+            request=StepRequest(shape=StepShape(num_decode_requests=requests)),
+            device_start_ns=start * 1_000_000,
+            device_finish_ns=end * 1_000_000,
+        )
+        for requests, start, end in ((1, 0, 1), (0, 2, 9), (3, 10, 12), (1, 12, 18))
+    ]
+    periods = traced_periods(steps)
+
+    # The prompt's step has no token that somebody waited for; what is before a step is of its own tokens.
+    assert periods.decode_requests.tolist() == [3, 1]
+    assert periods.per_token_ns(periods.latency_ns) == pytest.approx(3e6)
+    assert periods.per_token_ns(periods.between_ns) == pytest.approx(0.75e6)
+
+
+def test_explanations_are_a_row_per_workload(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Explanation(20.0, 19.0, 2.0, 1.9, -3.0, -1.0, -1.0, -5.0)
+    print_explanations([("bursty 40 %", [one, replace(one, pack_percent=-5.0)])])
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" bursty"))
+
+    assert row[3:] == ["20.00", "19.00", "-5.0", "-4.0", "-1.0", "-1.0", "2.00", "1.90", "-3.0", "-5.0"]
