@@ -121,9 +121,10 @@ class PendingStep:
 class OracleStream:
     """Owns the stream and the reader thread of one engine core, and its replicas.
 
-    Owner of each mutable part: `_pending`, `_outbox`, `_counts` and `_is_hurried` under `_lock`; `_leases` the engine
-    thread; `_unheard_since_ns` grpc's thread sets, the reader thread clears; the rest the reader thread. `_fail` may
-    run on the engine thread: whatever it overwrites of the reader's, nothing is answered any more.
+    Owner of each mutable part: `_pending`, `_outbox` and `_reconnects` under `_lock`; `_leases` and `_is_hurried` the
+    engine thread; `_resolved` it fills, whoever takes the counts empties; `_unheard_since_ns` grpc's thread sets, the
+    reader thread clears; the rest the reader thread. `_fail` may run on the engine thread: whatever it overwrites of
+    the reader's, nothing is answered any more.
     """
 
     def __init__(
@@ -149,7 +150,9 @@ class OracleStream:
         self._leases, self._leases_era = LeaseTable(), self._era
         # When the first message went out since the oracle was last heard; 0: none has. It answers every message.
         self._unheard_since_ns = 0
-        self._counts = _fresh_counts()
+        # Steps resolved since counts were taken: lateness, late answer, reply.
+        self._resolved: deque[tuple[int, int, Reply | None]] = deque()
+        self._reconnects = 0
         self._spins, self._hurried_seconds = config.wait == "spin", hurried_seconds
         # One that spins through its steps lets nobody in by itself.
         self._hurry(self._spins)
@@ -256,21 +259,13 @@ class OracleStream:
         return step.reply
 
     def count_step(self, lateness_ns: int, late_answer_ns: int, reply: Reply | None = None) -> None:
-        """Engine thread: one resolved step; `late_answer_ns` above 0 when the answer came after the deadline."""
-        with self._lock:
-            if self._is_hurried and not (self._pending or self._spins):
-                self._hurry(False)
-            counts = self._counts
-            counts["steps"] += 1
-            counts["lateness_sum_ns"] += lateness_ns
-            counts["lateness_buckets"][bisect_left(_BUCKET_BOUNDS_NS, lateness_ns)] += 1
-            if late_answer_ns > 0:
-                counts["late_answers"] += 1
-                counts["late_answer_ns"] += late_answer_ns
-            if isinstance(reply, LeasedReply):
-                counts["leased_steps"] += 1
-                counts["last_leased_step_index"] = reply.step_index
-                counts["leased_steps_by_support"][reply.support] += 1
+        """Engine thread: one resolved step; `late_answer_ns` above 0 when the answer came after the deadline.
+
+        Added up where counts are taken: the engine thread keeps it and goes on.
+        """
+        if self._is_hurried and not (self._pending or self._spins):
+            self._hurry(False)
+        self._resolved.append((lateness_ns, late_answer_ns, reply))
 
     def close(self) -> None:
         """Ends the stream so that the server frees the engine id at once. Idempotent."""
@@ -288,8 +283,25 @@ class OracleStream:
             replica.leave()
 
     def _take_counts(self) -> pb.ShimCounts:
+        # The fields of ShimCounts: counting in a message costs twice as much.
+        counts: dict[str, Any] = dict.fromkeys(pb.ShimCounts.DESCRIPTOR.fields_by_name, 0) | {
+            "lateness_buckets": [0] * (len(_BUCKET_BOUNDS_NS) + 1),
+            "leased_steps_by_support": [0] * 4,
+        }
         with self._lock:
-            counts, self._counts = self._counts, _fresh_counts()
+            counts["reconnects"], self._reconnects = self._reconnects, 0
+            # Those that are here now: the engine thread adds to them meanwhile.
+            resolved = [self._resolved.popleft() for _ in range(len(self._resolved))]
+        for lateness_ns, late_answer_ns, reply in resolved:
+            counts["steps"] += 1
+            counts["lateness_sum_ns"] += lateness_ns
+            counts["lateness_buckets"][bisect_left(_BUCKET_BOUNDS_NS, lateness_ns)] += 1
+            counts["late_answers"] += late_answer_ns > 0
+            counts["late_answer_ns"] += max(0, late_answer_ns)
+            if isinstance(reply, LeasedReply):
+                counts["leased_steps"] += 1
+                counts["last_leased_step_index"] = reply.step_index
+                counts["leased_steps_by_support"][reply.support] += 1
         return pb.ShimCounts(**counts)
 
     def _read(self) -> None:
@@ -328,7 +340,7 @@ class OracleStream:
                 self._replicas[0].leave()
             self._era = (self._era[0], deque())
             with self._lock:
-                self._counts["reconnects"] += 1
+                self._reconnects += 1
             lost_since_ns = lost_since_ns or time.monotonic_ns()
             if self._budget_spent(lost_since_ns):
                 self._fail(f"{reason}; the budget of {self._config.budget_seconds:g} s is spent")
@@ -384,7 +396,7 @@ class OracleStream:
                 here_ns, in_all_ns = (time.monotonic_ns() - max(self._unheard_since_ns, ns) for ns in (opened_ns, 0))
                 if self._unheard_since_ns and here_ns > max(self._config.budget_seconds * 1e9 / 3, in_all_ns / 2):
                     self._call.cancel()
-                if not self._counts["steps"]:
+                if not self._resolved:
                     continue
                 message = pb.StreamStepsRequest()
             if message is None:
@@ -498,11 +510,3 @@ def _read(config: ShimConfig, name: str) -> bytes | None:
         return Path(path).read_bytes() if path else None
     except OSError as error:
         raise ConfigurationError(f"STEP_ORACLE_{name.upper()} {path}: {error.strerror}") from None
-
-
-def _fresh_counts() -> dict[str, Any]:
-    """The fields of ShimCounts: counting in a message costs twice as much."""
-    return dict.fromkeys(pb.ShimCounts.DESCRIPTOR.fields_by_name, 0) | {
-        "lateness_buckets": [0] * (len(_BUCKET_BOUNDS_NS) + 1),
-        "leased_steps_by_support": [0] * 4,
-    }

@@ -180,6 +180,25 @@ def test_counts_arrive_with_the_last_message() -> None:
     assert counts.lateness_sum_ns == 85_000
 
 
+def test_a_step_that_is_counted_while_counts_are_taken_is_in_one_message() -> None:
+    with ScriptedOracle(constant(LATENCY_NS)) as oracle, stream_to(oracle.target) as stream:
+        done, taken = threading.Event(), []
+
+        def take() -> None:
+            while not done.is_set():
+                taken.append(stream._take_counts().steps)
+
+        takers = [threading.Thread(target=take) for _ in range(2)]
+        for taker in takers:
+            taker.start()
+        for _ in range(20_000):
+            stream.count_step(0, 0)
+        done.set()
+        for taker in takers:
+            taker.join()
+        assert sum(taken) + stream._take_counts().steps == 20_000
+
+
 def test_threads_take_turns_faster_only_while_an_answer_is_awaited() -> None:
     """Else vLLM's own threads come before the next step: 2 ms a step on a slow core."""
     release = threading.Event()

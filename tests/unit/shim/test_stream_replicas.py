@@ -30,7 +30,7 @@ def test_a_stream_that_ends_without_an_error_is_followed_by_the_next_and_counts_
         for index in range(8):
             assert stream.wait(stream.submit(step(index))).step_index == index
         assert len(oracle.opened) >= 4
-        assert stream._counts["reconnects"] == 0
+        assert stream._reconnects == 0
         assert sorted({request.step_index for request in oracle.requests}) == list(range(8))
 
 
