@@ -4,10 +4,11 @@ Or one on a GPU: --vllm names its environment.
 
 The process that is captured is the one that serves as the real engine: two processes of one engine differ in speed.
 The first part of the plan is driven on it; then each repeat lets it serve the workloads, with a part of the plan
-before, between and after them, builds a pack of all parts, activates it at the speed of the repeat's own parts, and
-lets the emulated engine serve the same workloads. While the real engine serves, the capture rests; engines that do not
-serve are stopped, and on a CPU one core belongs to the model alone. With several lengths of plan there are parts and a
-pack of each, activated in turn on the one emulated engine, and all are set beside the same runs of the real one.
+before, between and after them: some of the regions that every repeat measures, some of new ones. It builds a pack of
+all parts, activates it at the speed of the former, and lets the emulated engine serve the same workloads. While the
+real engine serves, the capture rests; engines that do not serve are stopped, and on a CPU one core belongs to the model
+alone. With several lengths of plan there are parts and a pack of each, activated in turn on the one emulated engine,
+and all are set beside the same runs of the real one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def main() -> int:
                     )
             if len(packs) > 1:
                 print_errors_by_plan(packs, comparisons)
-            _write(options, comparisons)
+            _write(options, loop, comparisons)
     except DemoFailed as failure:
         print(f"\nerror: {failure}\nnext:  {failure.next_step}", file=sys.stderr)
         return 1
@@ -175,8 +176,9 @@ class _Loop:
     emulated: EngineProcess | None = None
     # Of the last repeat, one for each length of plan.
     packs: list[PlanPack] = field(default_factory=list)
-    # What was driven of each.
+    # What was driven of each, and the last part of what goes on from repeat to repeat.
     parts: dict[float, list[PlanPart]] = field(default_factory=lambda: defaultdict(list))
+    farthest: dict[float, PlanPart] = field(default_factory=dict)
     # By workload and side, of each repeat.
     results: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     explanations: dict[tuple[str, str], list[Explanation]] = field(default_factory=lambda: defaultdict(list))
@@ -186,14 +188,11 @@ class _Loop:
         with _stopped(self.emulated):
             for minutes in self.options.minutes:
                 self.parts[minutes].append(self.planner.next_part(minutes, FIRST_SHARE))
+        self.farthest = {minutes: parts[0] for minutes, parts in self.parts.items()}
         for repeat in range(self.options.repeats):
-            steps = []
             with _stopped(self.emulated):
-                driven = self._between({})
-                for workload in self.workloads:
-                    steps.append(self._real_run(workload, repeat))
-                    driven = self._between(driven)
-            self.packs = self._packs(driven)
+                steps, own = self._real_runs(repeat)
+            self.packs = self._packs(own)
             with _stopped(self.real):
                 for number, workload in enumerate(self.workloads):
                     # Which is first takes turns.
@@ -201,16 +200,29 @@ class _Loop:
                     for plan in (*self.packs[first:], *self.packs[:first]):
                         self._emulated_run(workload, repeat, plan, steps[number])
 
-    def _between(self, before: Mapping[float, Sequence[PlanPart]]) -> dict[float, list[PlanPart]]:
-        """Drive the next part of each plan, which goes on where the repeat's last one ended; all the repeat's parts."""
+    def _real_runs(self, repeat: int) -> tuple[list[tuple[CapturedStep, ...]], dict[float, list[PlanPart]]]:
+        """All workloads with parts of the plans around them; the steps of each run, and each plan's own parts.
+
+        Those are of the same regions in every repeat, and tell how fast the machine is; the others get farther.
+        """
+        steps: list[tuple[CapturedStep, ...]] = []
+        own: dict[float, list[PlanPart]] = {minutes: [] for minutes in self.options.minutes}
+        for place in range(len(self.workloads) + 1):
+            if place:
+                steps.append(self._real_run(self.workloads[place - 1], repeat))
+            for minutes in self.options.minutes:
+                if place % 2:
+                    self.farthest[minutes] = self._next_part(minutes, self.farthest[minutes])
+                else:
+                    own[minutes].append(self._next_part(minutes, own[minutes][-1] if own[minutes] else None))
+        return steps, own
+
+    def _next_part(self, minutes: float, last: PlanPart | None) -> PlanPart:
+        """Drive the next part of this plan, from its beginning or from where the `last` one ended."""
         share = (1 - FIRST_SHARE) / (self.options.repeats * (len(self.workloads) + 1))
-        driven: dict[float, list[PlanPart]] = {}
-        for minutes in self.options.minutes:
-            earlier = before.get(minutes, ())
-            part = self.planner.next_part(minutes, share, earlier[-1] if earlier else None)
-            self.parts[minutes].append(part)
-            driven[minutes] = [*earlier, part]
-        return driven
+        part = self.planner.next_part(minutes, share, last)
+        self.parts[minutes].append(part)
+        return part
 
     def comparisons(self) -> list[Comparison]:
         """Of each workload for each length of plan."""
@@ -247,12 +259,12 @@ class _Loop:
         (path,) = self.folder.glob(f"{_TRACE}*")
         return [record.step for record in read_trace(path) if record.HasField("step")]
 
-    def _packs(self, now: Mapping[float, Sequence[PlanPart]]) -> list[PlanPack]:
-        """Of all parts of each plan its pack, uploaded, at the speed of this repeat's parts; the emulated engine is
-        ready and answers from the first.
+    def _packs(self, own: Mapping[float, Sequence[PlanPart]]) -> list[PlanPack]:
+        """Of all parts of each plan its pack, uploaded, at the speed of this repeat's `own` parts; the emulated engine
+        is ready and answers from the first.
         """
         with _stopped(self.real, self.emulated):
-            found = [self.planner.pack_of(self.parts[minutes], now[minutes]) for minutes in self.options.minutes]
+            found = [self.planner.pack_of(self.parts[minutes], own[minutes]) for minutes in self.options.minutes]
         at = ("--target", self.target)
         for plan in found:
             step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
@@ -353,14 +365,18 @@ def _wait_ready(engine: EngineProcess, name: str, machine: Machine) -> None:
     machine.settle(engine.pid)
 
 
-def _write(options: Options, comparisons: Sequence[Comparison]) -> None:
+def _write(options: Options, loop: _Loop, comparisons: Sequence[Comparison]) -> None:
     if options.csv is not None:
         write_deltas(options.csv, comparisons)
         print(f"• errors of the means as LLM-Emu tells them: {options.csv}")
     if options.json is not None:
         device = None if options.vllm is None else {"model": options.model, "serve": list(options.serve)}
         described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady, "device": device}
-        document = {**described, "comparisons": as_json(comparisons)}
+        explained = [
+            {"workload": workload, "side": side, "repeats": [asdict(repeat) for repeat in repeats]}
+            for (workload, side), repeats in loop.explanations.items()
+        ]
+        document = {**described, "comparisons": as_json(comparisons), "explanations": explained}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"• every run: {options.json}")
 

@@ -1,8 +1,8 @@
 """Parts of plans of one length or several on the captured engine, their packs, and how much a longer plan buys.
 
 The first part of a plan comes before everything, the others between the real engine's runs. A pack is of all parts up
-to now, and is served at the speed of the repeat's own parts: the speed of a machine that others use too drifts by more
-within minutes than a model is wrong.
+to now, and is served at the speed of a repeat's own parts, which begin the plan anew, so that all repeats measure the
+same: the speed of a machine that others use too drifts by more within minutes than a model is wrong.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), (
 class PlanPack:
     """The pack of all parts up to now of a plan of this length.
 
-    `speed`: so many times as long as it says did the steps of the last repeat's parts take; `seconds`: all parts took
-    to drive; `steps`: what they hold beside a warm-up.
+    `speed`: so many times as long as it says did the steps of the last repeat's own parts take; `seconds`: all parts
+    took to drive; `steps`: what they hold beside a warm-up.
     """
 
     minutes: float
@@ -199,8 +199,8 @@ class Planner:
             raise DemoFailed(f"the engine has {len(runs)} data-parallel ranks", "the loop compares engines of one")
         return runs[0]
 
-    def pack_of(self, parts: Sequence[PlanPart], now: Sequence[PlanPart]) -> PlanPack:
-        """The pack of these parts of one plan, at the speed of those of `now`. Raises DemoFailed."""
+    def pack_of(self, parts: Sequence[PlanPart], own: Sequence[PlanPart]) -> PlanPack:
+        """The pack of these parts of one plan, at the speed of the repeat's `own`. Raises DemoFailed."""
         minutes, self._packs = parts[0].minutes, self._packs + 1
         pack = self._folder / f"pack-{minutes:g}m-{self._packs}"
         spans = [("--steps", f"{part.slice.begin}:{part.slice.end}") for part in parts]
@@ -210,8 +210,8 @@ class Planner:
         coverage = Coverage(visits(limits))
         for part in parts:
             coverage.take(part.slice.run.steps)
-        own = [[step for step in part.slice.run.steps if not step.warm_up and step.latency_ns > 0] for part in now]
-        speed = speed_of([step.latency_ns for steps in own for step in steps], np.concatenate(expected_ns(pack, own)))
+        told = [[step for step in part.slice.run.steps if not step.warm_up and step.latency_ns > 0] for part in own]
+        speed = speed_of([step.latency_ns for steps in told for step in steps], np.concatenate(expected_ns(pack, told)))
         found = PlanPack(
             minutes,
             pack,

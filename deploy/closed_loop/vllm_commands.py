@@ -7,6 +7,7 @@ and the file its output goes to, and a line on standard output: first `ready`, t
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ def _import() -> None:
     from vllm.entrypoints.cli.main import main as run
 
     sys.argv = ["vllm", "bench", "serve", "--help"]
-    with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         run()
     with contextlib.suppress(ImportError):
         from transformers import AutoTokenizer  # noqa: F401

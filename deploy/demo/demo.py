@@ -88,8 +88,9 @@ def _run(options: Options, folder: Path, progress: Progress, interrupt: Interrup
         progress.say(f"4/7 two engines: vllm serve, attached to {server.target}, bound to the {packs[0].gpu} pack")
         traces = folder / "traces"
         traces.mkdir()
-        scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="step-oracle-")))
         with interrupt.held():
+            # Made here too: interrupted between its making and the note of it, the folder would stay.
+            scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="step-oracle-")))
             engines = {
                 name: running.enter_context(
                     engine(name, vllm, model, site=site, target=server.target, folder=folder, scratch=scratch)

@@ -37,7 +37,14 @@ from deploy.closed_loop.explain import (
     traced_periods,
 )
 from deploy.closed_loop.machine import device_machine, model_of
-from deploy.closed_loop.plans import PlanPack, mean_and_largest_error, print_errors_by_plan, slice_of, speed_of
+from deploy.closed_loop.plans import (
+    FIRST_SHARE,
+    PlanPack,
+    mean_and_largest_error,
+    print_errors_by_plan,
+    slice_of,
+    speed_of,
+)
 from deploy.closed_loop.steady import overruns
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload
@@ -187,6 +194,33 @@ def test_the_speed_is_the_mean_over_steps_and_no_stall_decides_it() -> None:
     # One step in four took twenty times as long: it counts as twice.
     assert speed_of([1e6, 2e6, 4e6, 80e6], expected) == pytest.approx(1.25)
     assert speed_of([1e6, 2e6, 4e6, 0.1e6], expected) == pytest.approx(0.875)
+
+
+def test_every_other_part_is_the_repeats_own_and_the_others_go_on_from_repeat_to_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    shares: list[float] = []
+
+    class Planner:
+        def next_part(self, minutes: float, share: float, last: str | None) -> str:
+            shares.append(share)
+            done.append(f"{len(done)} after {last}")
+            return str(len(done) - 1)
+
+    loop: Any = object.__new__(closed_loop._Loop)
+    loop.options, loop.workloads, loop.planner = SimpleNamespace(minutes=(3.0,), repeats=2), WORKLOADS, Planner()
+    loop.parts, loop.farthest = {3.0: ["first"]}, {3.0: "first"}
+    monkeypatch.setattr(loop, "_real_run", lambda workload, repeat: done.append(f"run {repeat}"))
+    own = [loop._real_runs(repeat)[1] for repeat in range(2)]
+
+    assert done == [
+        *("0 after None", "run 0", "2 after first", "run 0", "4 after 0", "run 0", "6 after 2", "run 0", "8 after 4"),
+        *("9 after None", "run 1", "11 after 6", "run 1", "13 after 9", "run 1", "15 after 11", "run 1", "17 after 13"),
+    ]
+    assert own == [{3.0: ["0", "4", "8"]}, {3.0: ["9", "13", "17"]}]
+    assert loop.parts == {3.0: ["first", "0", "2", "4", "6", "8", "9", "11", "13", "15", "17"]}
+    assert FIRST_SHARE + sum(shares) == pytest.approx(1.0)
 
 
 def client_of(tmp_path: Path, vllm: str) -> BenchClient:
