@@ -17,3 +17,5 @@ def test_no_download_or_other_large_file_is_in_the_repository() -> None:
     packed = [file.name for file in files if file.suffix in {".whl", ".gz", ".zip", ".so", ".pyc"}]
     assert packed == []
     assert [file.name for file in files if file.exists() and file.stat().st_size > MOST_BYTES] == []
+    # A link that was made for one machine, and would take the place of what is there on another.
+    assert [file.name for file in files if file.is_symlink()] == []
