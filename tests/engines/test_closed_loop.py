@@ -67,7 +67,8 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
     assert len(deltas.read_text().splitlines()) == 3
     assert "± real" in done.stdout
     assert [len(each["repeats"]) for each in document["explanations"]] == [2, 2]
-    explained = done.stdout.partition("time between tokens, at the engine")[2].splitlines()
+    # The lines of the verdict begin with a workload's name too.
+    explained = done.stdout.partition("time between tokens, at the engine")[2].partition("error = pack")[0].splitlines()
     for name in ("Poisson 50 %", "closed loop 8"):
         (row,) = (line for line in explained if line.strip().startswith(name))
         real_ms, emulated_ms, error, *_, first, second = map(float, row.partition(name)[2].split())
