@@ -73,8 +73,8 @@ QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
 class BenchClient:
     """vLLM's own benchmark, `vllm bench serve`, for one run after the other; as a context manager.
 
-    Its processes are children of one that has imported vLLM (vllm_commands.py): that takes a slow core 20 s. It is
-    started on the cores this process may use then.
+    Its processes are children of one that has imported vLLM (vllm_commands.py): a run of 12 s took
+    37 s instead of 20 on slow cores without. It is started on the cores this process may use then.
     """
 
     def __init__(self, environment: VllmEnvironment, site: Path, model: Path, log_path: Path) -> None:

@@ -78,9 +78,7 @@ class Evaluation:
 def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluation:
     """Ask the pack about every step of a capture but its warm-up. Raises PackInvalid and InvalidArgument."""
     with tempfile.TemporaryDirectory() as scratch:
-        report = pack.compile_pack(directory, Path(scratch) / "compiled")
-        oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
-        wake = pack.wake_curve(report.manifest.latency)
+        report, oracle, wake = _opened(directory, Path(scratch))
         runs = read_capture(capture)
         judged = [(run, _judge(oracle, wake, _usable(run, skip_steps))) for run in runs]
     known = " ".join(report.manifest.provenance.values())
@@ -105,10 +103,14 @@ def evaluate(directory: Path, capture: Path, *, skip_steps: int = 0) -> Evaluati
 def expected_ns(directory: Path, stretches: Sequence[Sequence[CapturedStep]]) -> list[NDArray[np.float64]]:
     """What the pack says of each step on average. Steps of a stretch follow each other. Raises PackInvalid."""
     with tempfile.TemporaryDirectory() as scratch:
-        report = pack.compile_pack(directory, Path(scratch) / "compiled")
-        oracle = pack.open_oracle(pack.load_compiled(Path(scratch) / "compiled"))
-        wake = pack.wake_curve(report.manifest.latency)
+        _, oracle, wake = _opened(directory, Path(scratch))
         return [_judge(oracle, wake, steps)[:, _EXPECTED] for steps in stretches]
+
+
+def _opened(directory: Path, scratch: Path) -> tuple[pack.PackReport, Oracle, WakeCurve]:
+    compiled = scratch / "compiled"
+    report = pack.compile_pack(directory, compiled)
+    return report, pack.open_oracle(pack.load_compiled(compiled)), pack.wake_curve(report.manifest.latency)
 
 
 def interval_of(drawn: NDArray[np.float64]) -> tuple[float, float]:

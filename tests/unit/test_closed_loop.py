@@ -37,6 +37,7 @@ from deploy.closed_loop.explain import (
     traced_periods,
 )
 from deploy.closed_loop.machine import device_machine, model_of
+from deploy.closed_loop.options import read_minutes
 from deploy.closed_loop.plans import (
     FIRST_SHARE,
     PlanPack,
@@ -280,13 +281,13 @@ def test_a_vllm_without_a_command_line_is_told_of_at_once(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("text", "minutes"), [("3", (3.0,)), ("4,0.5,4,1", (0.5, 1.0, 4.0))])
 def test_lengths_of_plans_are_read_shortest_first(text: str, minutes: tuple[float, ...]) -> None:
-    assert closed_loop.read_minutes(text) == minutes
+    assert read_minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,-2", "inf", "nan", "one", "1,,2"])
 def test_what_is_no_list_of_minutes_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="such as 1,2,4"):
-        closed_loop.read_minutes(text)
+        read_minutes(text)
 
 
 def test_every_run_is_in_the_json() -> None:
