@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -17,6 +18,8 @@ from step_oracle.v1 import oracle_service_pb2 as pb
 from step_oracle.v1 import oracle_service_pb2_grpc
 
 MAX_SAMPLE_STEPS = 4096
+# Streams that tell a new generation in one turn of the loop.
+PUSHES_IN_A_TURN = 4
 
 _KV_SOURCES = {
     "engine_override": pb.KV_BLOCKS_SOURCE_ENGINE_OVERRIDE,
@@ -36,6 +39,7 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
         self._events = events
         self._leases = leases
         self._max_stream_age_seconds = max_stream_age_seconds
+        self._pushes = asyncio.Semaphore(PUSHES_IN_A_TURN)
 
     @unary
     async def GetDevice(self, request: pb.GetDeviceRequest, context: Any) -> pb.GetDeviceResponse:
@@ -106,6 +110,7 @@ class OracleService(oracle_service_pb2_grpc.OracleServiceServicer):
             self.metrics,
             self._events,
             context,
+            pushes=self._pushes,
             leases=self._leases,
             max_age_seconds=self._max_stream_age_seconds,
         )

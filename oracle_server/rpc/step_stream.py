@@ -35,6 +35,8 @@ from step_oracle.v1 import step_pb2
 BREAK_SECONDS = 0.005
 CLOSED = "closed by the engine"
 AGED = "old"
+# What an engine without leases may wait for a message of its own that tells a new generation.
+UNHURRIED_SECONDS = 0.02
 # How much the ages of streams differ: those that were opened together do not end together.
 AGE_SPREAD = 0.2
 
@@ -56,10 +58,13 @@ class StepStream:
         events: Events,
         context: grpc.aio.ServicerContext[Any, Any],
         *,
+        pushes: asyncio.Semaphore,
         leases: bool,
         max_age_seconds: float = 0.0,
     ) -> None:
-        """`max_age_seconds` 0: the stream lasts as long as its engine wants."""
+        """`pushes`: so many of the loop's streams tell a new generation in one turn of it. `max_age_seconds` 0: the
+        stream lasts as long as its engine wants.
+        """
         self._node = node
         self._metrics = metrics
         self._events = events
@@ -78,7 +83,9 @@ class StepStream:
         self._steps_by_support: list[int] = []
         # None: this engine, or this server, goes without.
         self._leases = Leases() if leases else None
-        self._announced = 0
+        # The newest generation that is to be told, and the one that a reply or a push tells.
+        self._announced = self._told = 0
+        self._pushes = pushes
         self._pushing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -103,7 +110,7 @@ class StepStream:
                 self._pushing.cancel()
 
     def announce(self, generation: int) -> None:
-        """Push the new generation; several in a row become one message."""
+        """Push the new generation, unless a reply tells it before; several in a row become one message."""
         self._announced = generation
         if self._pushing is None or self._pushing.done():
             self._pushing = asyncio.create_task(self._push())
@@ -232,7 +239,7 @@ class StepStream:
             self._metrics.count_message(perf_counter_ns() - begin)
         elif request.HasField("counts") and not response.HasField("opened"):
             # The engine lives from its leases: so it hears that this server does, and at which generation.
-            response.new_generation = live.snapshot.generation
+            response.new_generation = self._told = live.snapshot.generation
         if response.replies or response.HasField("opened") or response.new_generation:
             async with self._writing:
                 await self._context.write(response)
@@ -259,6 +266,7 @@ class StepStream:
             plan = self._plan
             if plan is None or plan.snapshot is not snapshot:
                 plan = self._plan = snapshot.plan(identity)
+                self._told = plan.generation
                 self._shadowing = shadowing_of(live, snapshot, identity)
             if plan.generation < min_generation:
                 snapshot.check_generation(min_generation)
@@ -320,8 +328,14 @@ class StepStream:
         record.counts.saturate()
 
     async def _push(self) -> None:
-        pushed = 0
-        while pushed != self._announced:
-            pushed = self._announced
+        while self._told < self._announced:
+            if self._leases is None:
+                # The reply to its next step tells it, unless that is long.
+                await asyncio.sleep(UNHURRIED_SECONDS)
+            # A few streams in each turn of the loop, as answers come before: not longer, one may not take its message.
+            async with self._pushes:
+                await asyncio.sleep(0)
             async with self._writing:
-                await self._context.write(pb.StreamStepsResponse(new_generation=pushed))
+                if self._told < self._announced:
+                    self._told = self._announced
+                    await self._context.write(pb.StreamStepsResponse(new_generation=self._told))

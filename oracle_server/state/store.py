@@ -390,11 +390,22 @@ class Store:
                     f"{experiment} any more; read it again and decide anew"
                 )
             self._insert_generation(tenant, experiment, record)
-            self._db.execute_many(
-                "UPDATE engine SET accepted_digest = ?, revision = ? "
-                "WHERE tenant = ? AND experiment = ? AND engine_id = ?",
-                [(digest, revision, tenant, experiment, engine_id) for engine_id, digest in accepted.items()],
-            )
+            self._accept(tenant, experiment, accepted, revision)
+
+    def _accept(self, tenant: str, experiment: str, accepted: Mapping[str, str], revision: int) -> None:
+        """A statement for many engines at once: each one lets other threads in, and back only in their turn."""
+        engines_of: dict[str, list[str]] = {}
+        for engine_id, digest in accepted.items():
+            engines_of.setdefault(digest, []).append(engine_id)
+        for digest, engines in engines_of.items():
+            for begin in range(0, len(engines), _AT_ONCE):
+                some = engines[begin : begin + _AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                self._db.execute(
+                    "UPDATE engine SET accepted_digest = ?, revision = ? "  # noqa: S608 - marks alone
+                    f"WHERE tenant = ? AND experiment = ? AND engine_id IN ({marks})",
+                    (digest, revision, tenant, experiment, *some),
+                )
 
     def generation(self, tenant: str, experiment: str, generation: int) -> GenerationRow | None:
         """One generation of an experiment."""
