@@ -5,10 +5,10 @@ Or one on a GPU: --vllm names its environment.
 The process that is captured is the one that serves as the real engine: two processes of one engine differ in speed.
 The first part of the plan is driven on it; then each repeat lets it serve the workloads, with a part of the plan
 before, between and after them: some of the regions that every repeat measures, some of new ones. It builds a pack of
-all parts, activates it at the speed of the former, and lets the emulated engine serve the same workloads. While the
-real engine serves, the capture rests; engines that do not serve are stopped, and on a CPU one core belongs to the model
-alone. With several lengths of plan there are parts and a pack of each, activated in turn on the one emulated engine,
-and all are set beside the same runs of the real one.
+all parts, and lets the emulated engine serve the same workloads, each at the speed of the parts beside the real run.
+While the real engine serves, the capture rests; engines that do not serve are stopped, and on a CPU one core belongs to
+the model alone. With several lengths of plan there are parts and a pack of each, activated in turn on the one emulated
+engine, and all are set beside the same runs of the real one.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ class _Loop:
         self.farthest = {minutes: parts[0] for minutes, parts in self.parts.items()}
         for repeat in range(self.options.repeats):
             with _stopped(self.emulated):
-                steps, own = self._real_runs(repeat)
-            self.packs = self._packs(own)
+                steps = self._real_runs(repeat)
+            self.packs = self._packs()
             with _stopped(self.real):
                 for number, workload in enumerate(self.workloads):
                     # Which is first takes turns.
@@ -177,13 +177,12 @@ class _Loop:
                     for plan in (*self.packs[first:], *self.packs[:first]):
                         self._emulated_run(workload, repeat, plan, steps[number])
 
-    def _real_runs(self, repeat: int) -> tuple[list[tuple[CapturedStep, ...]], dict[float, list[PlanPart]]]:
-        """All workloads with parts of the plans around them; the steps of each run, and each plan's own parts.
+    def _real_runs(self, repeat: int) -> list[tuple[CapturedStep, ...]]:
+        """All workloads, with a part of each plan before the first and after each; the steps of each run.
 
-        Those are of the same regions in every repeat, and tell how fast the machine is; the others get farther.
+        Every other part is of the same regions in every repeat; those between get farther.
         """
         steps: list[tuple[CapturedStep, ...]] = []
-        own: dict[float, list[PlanPart]] = {minutes: [] for minutes in self.options.minutes}
         for place in range(len(self.workloads) + 1):
             if place:
                 steps.append(self._real_run(self.workloads[place - 1], repeat))
@@ -191,8 +190,8 @@ class _Loop:
                 if place % 2:
                     self.farthest[minutes] = self._next_part(minutes, self.farthest[minutes])
                 else:
-                    own[minutes].append(self._next_part(minutes, own[minutes][-1] if own[minutes] else None))
-        return steps, own
+                    self._next_part(minutes, self.parts[minutes][-2] if place else None)
+        return steps
 
     def _next_part(self, minutes: float, last: PlanPart | None) -> PlanPart:
         """Drive the next part of this plan, from its beginning or from where the `last` one ended."""
@@ -228,7 +227,7 @@ class _Loop:
             real, counted = captured_periods(steps)
             emulated = traced_periods(self._traced_since(begin_ns))
             (expected,) = expected_ns(plan.pack, [steps])
-            explanation = explain(real, plan.speed * expected[counted], emulated)
+            explanation = explain(real, plan.speeds[self.workloads.index(workload)] * expected[counted], emulated)
             self.explanations[workload.name, plan.name].append(explanation)
 
     def _traced_since(self, begin_ns: int) -> list[TraceStep]:
@@ -236,19 +235,18 @@ class _Loop:
         (path,) = self.folder.glob(f"{_TRACE}*")
         return [record.step for record in read_trace(path) if record.step.dispatch_ns >= begin_ns]
 
-    def _packs(self, own: Mapping[float, Sequence[PlanPart]]) -> list[PlanPack]:
-        """Of all parts of each plan its pack, uploaded, at the speed of this repeat's `own` parts; the emulated engine
-        is ready and answers from the first.
-        """
+    def _packs(self) -> list[PlanPack]:
+        """Of all parts of each plan its pack, uploaded; the emulated engine is ready."""
         with _stopped(self.real, self.emulated):
-            found = [self.planner.pack_of(self.parts[minutes], own[minutes]) for minutes in self.options.minutes]
+            found = [
+                self.planner.pack_of(self.parts[minutes], runs=len(self.workloads)) for minutes in self.options.minutes
+            ]
         at = ("--target", self.target)
         for plan in found:
             step_oracle("pack", "upload", str(plan.pack), *at, next_step=KEEP)
         if self.emulated is not None:
-            self._activate(found[0])
             return found
-        create = ("experiment", "create", "default", *_served(found[0]), "--seed", "1", *at)
+        create = ("experiment", "create", "default", "--pack", str(found[0].pack), "--seed", "1", *at)
         step_oracle(*create, next_step=KEEP)
         arguments = (*self.machine.serve, *self.machine.emulated_serve)
         variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
@@ -262,16 +260,17 @@ class _Loop:
             _wait_ready(self.emulated, "emulated", self.machine)
         return found
 
-    def _activate(self, plan: PlanPack) -> None:
-        step_oracle("experiment", "activate", "default", *_served(plan), "--target", self.target, next_step=KEEP)
+    def _activate(self, plan: PlanPack, speed: float) -> None:
+        served = ("--pack", str(plan.pack), "--time-scale", f"{speed:.4f}")
+        step_oracle("experiment", "activate", "default", *served, "--target", self.target, next_step=KEEP)
 
     def _result(self, workload: Workload, repeat: int, plan: PlanPack | None) -> dict[str, Any]:
         """One run on the engine emulated from this pack, or on the real one; the other is stopped."""
         engine = self.real if plan is None else self.emulated
         assert engine is not None  # noqa: S101  there is one as soon as there is a pack
-        if plan is not None and len(self.options.minutes) > 1:
-            self._activate(plan)
         side, number = plan.name if plan else REAL, self.workloads.index(workload)
+        if plan is not None:
+            self._activate(plan, plan.speeds[number])
         folder = self.folder / "runs" / f"{number}-{repeat}-{side}"
         # The same requests every time.
         result = self.client.run(
@@ -282,11 +281,6 @@ class _Loop:
             f"E2E {result['mean_e2el_ms']:.0f} ms"
         )
         return result
-
-
-def _served(plan: PlanPack) -> tuple[str, ...]:
-    """What an experiment is told of the pack and of its speed."""
-    return "--pack", str(plan.pack), "--time-scale", f"{plan.speed:.4f}"
 
 
 @contextlib.contextmanager

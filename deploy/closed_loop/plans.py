@@ -1,8 +1,8 @@
 """Parts of plans of one length or several on the captured engine, their packs, and how much a longer plan buys.
 
 The first part of a plan comes before everything, the others between the real engine's runs. A pack is of all parts up
-to now, and is served at the speed of a repeat's own parts, which begin the plan anew, so that all repeats measure the
-same: the speed of a machine that others use too drifts by more within minutes than a model is wrong.
+to now, and each run is served at the speed of the two parts beside the real one: the speed of a machine that others use
+too drifts by more within minutes than a model is wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,15 +30,14 @@ from profiler.capture.driver import Coverage, PlanOptions, PlanResult, drive, li
 from profiler.capture.evaluate import expected_ns
 from profiler.capture.pause import pause, resume
 from profiler.capture.plan import visits
-from profiler.capture.steps import CapturedRun, Overhead, read_capture
+from profiler.capture.step_times import settled_of
+from profiler.capture.steps import CapturedRun, CapturedStep, Overhead, read_capture
 
 KEEP = "ARGS='--keep DIR' keeps every log, the capture and the packs"
 # As the command does where it is not told: percent.
 _TARGET = 1.0
 # Of a plan's minutes, before everything: most regions are known from there.
 FIRST_SHARE = 0.4
-# A step that took so many times longer or shorter than it should says no more of the machine's speed.
-_MOST_OFF = 2.0
 Result = TypeVar("Result")
 # Label of a row and key of LLM-Emu's columns.
 _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), ("tokens/s", "tps"))
@@ -47,13 +47,13 @@ _ERRORS = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e"), (
 class PlanPack:
     """The pack of all parts up to now of a plan of this length.
 
-    `speed`: so many times as long as it says did the steps of the last repeat's own parts take; `seconds`: all parts
-    took to drive; `steps`: what they hold beside a warm-up.
+    `speeds`: for each run of the last repeat, how many times as long as usual the steps of the two parts beside it
+    took; `seconds`: all parts took to drive; `steps`: what they hold beside a warm-up.
     """
 
     minutes: float
     pack: Path
-    speed: float
+    speeds: tuple[float, ...]
     seconds: float
     steps: int
     parts: int
@@ -199,8 +199,10 @@ class Planner:
             raise DemoFailed(f"the engine has {len(runs)} data-parallel ranks", "the loop compares engines of one")
         return runs[0]
 
-    def pack_of(self, parts: Sequence[PlanPart], own: Sequence[PlanPart]) -> PlanPack:
-        """The pack of these parts of one plan, at the speed of the repeat's `own`. Raises DemoFailed."""
+    def pack_of(self, parts: Sequence[PlanPart], *, runs: int) -> PlanPack:
+        """The pack of these parts of one plan. The last of them, one before the `runs` of a repeat and one after each,
+        tell at which speeds it is served. Raises DemoFailed.
+        """
         minutes, self._packs = parts[0].minutes, self._packs + 1
         pack = self._folder / f"pack-{minutes:g}m-{self._packs}"
         spans = [("--steps", f"{part.slice.begin}:{part.slice.end}") for part in parts]
@@ -210,12 +212,10 @@ class Planner:
         coverage = Coverage(visits(limits))
         for part in parts:
             coverage.take(part.slice.run.steps)
-        told = [[step for step in part.slice.run.steps if not step.warm_up and step.latency_ns > 0] for part in own]
-        speed = speed_of([step.latency_ns for steps in told for step in steps], np.concatenate(expected_ns(pack, told)))
         found = PlanPack(
             minutes,
             pack,
-            speed,
+            speeds_of(_ratios(pack, [part.slice.run.steps for part in parts]), runs),
             sum(part.seconds for part in parts),
             sum(part.slice.end - part.slice.begin for part in parts),
             len(parts),
@@ -224,14 +224,30 @@ class Planner:
             len(coverage.plan),
             built,
         )
-        self._progress.say(f"    {found.told}; this repeat took {speed:.3f} times as long as the pack says")
+        times = ", ".join(f"{speed:.3f}" for speed in found.speeds)
+        self._progress.say(f"    {found.told}; beside this repeat's runs, steps took {times} times as long as usual")
         return found
 
 
-def speed_of(latencies_ns: Sequence[float], expected: NDArray[np.float64]) -> float:
-    """How many times as long as expected steps took: the mean, in which none counts for more than twice or half."""
-    ratios = np.array(latencies_ns, dtype=np.float64) / expected
-    return float(np.clip(ratios, 1 / _MOST_OFF, _MOST_OFF).mean())
+def _ratios(pack: Path, stretches: Sequence[Sequence[CapturedStep]]) -> list[NDArray[np.float64]]:
+    """Of each stretch, how many times as long as this pack says its steps took: of those that a pack is fitted to."""
+    found = []
+    for steps, expected in zip(stretches, expected_ns(pack, stretches), strict=True):
+        latency_ns = np.array([step.latency_ns for step in steps], dtype=np.float64)
+        fitted = np.array([not step.warm_up for step in steps]) & np.array(settled_of(steps)) & (latency_ns > 0)
+        found.append(latency_ns[fitted] / expected[fitted])
+    return found
+
+
+def speeds_of(ratios: Sequence[NDArray[np.float64]], runs: int) -> tuple[float, ...]:
+    """Of each of the last `runs`, how many times as long as usual steps took in the two parts beside it.
+
+    `ratios`: of each part, how many times as long as the pack says its steps took; usual is the median of all, and the
+    last parts are the one before those runs and the one after each. Medians, as a stall says nothing of the speed.
+    """
+    usual = np.median(np.concatenate(ratios))
+    beside = pairwise(ratios[-runs - 1 :])
+    return tuple(float(np.median(np.concatenate(pair)) / usual) for pair in beside)
 
 
 def print_errors_by_plan(packs: Sequence[PlanPack], comparisons: Sequence[Comparison]) -> None:

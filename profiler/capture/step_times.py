@@ -121,7 +121,7 @@ def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:
 
     A batch size of which there are fewer than 8 others keeps its own: late evidence is better than none.
     """
-    marked = [(run, _settled(run.steps)) for run in runs]
+    marked = [(run, settled_of(run.steps)) for run in runs]
     others = Counter(
         step.num_decode_requests
         for run, settled in marked
@@ -142,8 +142,8 @@ def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:
     return kept, sum(len(run.steps) for run in runs) - sum(len(run.steps) for run in kept)
 
 
-def _settled(steps: Sequence[CapturedStep]) -> list[bool]:
-    """Of each step, whether it has prefill work itself or none of the steps before it had."""
+def settled_of(steps: Sequence[CapturedStep]) -> list[bool]:
+    """Of each step of a stretch, whether it has prefill work itself or none of the steps before it had."""
     found, since = [], UNSETTLED_STEPS
     for step in steps:
         since = 0 if step.chunk_tokens else since + 1

@@ -44,7 +44,7 @@ from deploy.closed_loop.plans import (
     mean_and_largest_error,
     print_errors_by_plan,
     slice_of,
-    speed_of,
+    speeds_of,
 )
 from deploy.closed_loop.steady import overruns
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
@@ -153,7 +153,7 @@ def test_errors_by_length_of_plan_are_told_in_size_and_in_the_largest(capsys: py
         ]
 
     short, longer = comparisons(1.0, 94.0, 102.0), comparisons(3.0, 101.0, 101.0)
-    packs = [PlanPack(minutes, Path("p"), 1.0, 90.0, 500, 4, 20, 41, 77, "") for minutes in (1.0, 3.0)]
+    packs = [PlanPack(minutes, Path("p"), (1.0,), 90.0, 500, 4, 20, 41, 77, "") for minutes in (1.0, 3.0)]
     print_errors_by_plan(packs, [*short, *longer])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
 
@@ -188,16 +188,21 @@ def test_a_part_without_a_step_is_no_division_by_zero(tmp_path: Path) -> None:
     assert (part.begin, part.end, part.run.steps) == (20, 20, ())
 
 
-def test_the_speed_is_the_mean_over_steps_and_no_stall_decides_it() -> None:
-    expected = np.array([1e6, 2e6, 4e6, 4e6])
+def test_a_run_has_the_speed_of_the_two_parts_beside_it() -> None:
+    # The pack is 10 % too short for all of them, which is no speed; the first is of no run.
+    ratios = [1.1 * np.array(part) for part in ([1.0] * 9, [1.2, 1.2, 1.2], [1.0, 1.0, 1.0], [0.8, 0.8, 0.8, 0.8])]
 
-    assert speed_of([1.1e6, 2.2e6, 4.4e6, 4.4e6], expected) == pytest.approx(1.1)
-    # One step in four took twenty times as long: it counts as twice.
-    assert speed_of([1e6, 2e6, 4e6, 80e6], expected) == pytest.approx(1.25)
-    assert speed_of([1e6, 2e6, 4e6, 0.1e6], expected) == pytest.approx(0.875)
+    # Equally many steps of 1.2 and 1.0; more of 0.8 than of 1.0.
+    assert speeds_of(ratios, 2) == pytest.approx((1.1, 0.8))
 
 
-def test_every_other_part_is_the_repeats_own_and_the_others_go_on_from_repeat_to_repeat(
+def test_a_stall_beside_a_run_is_no_speed() -> None:
+    ratios = [np.ones(9), np.array([1.0, 1.0, 20.0]), np.array([1.0, 1.0])]
+
+    assert speeds_of(ratios, 1) == (1.0,)
+
+
+def test_every_other_part_begins_the_plan_anew_and_the_others_go_on_from_repeat_to_repeat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
@@ -213,13 +218,13 @@ def test_every_other_part_is_the_repeats_own_and_the_others_go_on_from_repeat_to
     loop.options, loop.workloads, loop.planner = SimpleNamespace(minutes=(3.0,), repeats=2), WORKLOADS, Planner()
     loop.parts, loop.farthest = {3.0: ["first"]}, {3.0: "first"}
     monkeypatch.setattr(loop, "_real_run", lambda workload, repeat: done.append(f"run {repeat}"))
-    own = [loop._real_runs(repeat)[1] for repeat in range(2)]
+    for repeat in range(2):
+        loop._real_runs(repeat)
 
     assert done == [
         *("0 after None", "run 0", "2 after first", "run 0", "4 after 0", "run 0", "6 after 2", "run 0", "8 after 4"),
         *("9 after None", "run 1", "11 after 6", "run 1", "13 after 9", "run 1", "15 after 11", "run 1", "17 after 13"),
     ]
-    assert own == [{3.0: ["0", "4", "8"]}, {3.0: ["9", "13", "17"]}]
     assert loop.parts == {3.0: ["first", "0", "2", "4", "6", "8", "9", "11", "13", "15", "17"]}
     assert FIRST_SHARE + sum(shares) == pytest.approx(1.0)
 
