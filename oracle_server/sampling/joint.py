@@ -13,6 +13,21 @@ from oracle_server.sampling.jit import compiled
 
 
 @compiled
+def lower_bound(values: NDArray[np.int64], begin: int, end: int, wanted: int) -> int:
+    """The first place of [begin, end) whose value is not below `wanted`; `end` where there is none.
+
+    np.searchsorted in a kernel, without a view and a look for NaN.
+    """
+    while begin < end:
+        middle = (begin + end) >> 1
+        if values[middle] < wanted:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+@compiled
 def find_bucket(
     row_concurrency: NDArray[np.int64],
     row_begin: NDArray[np.int64],
@@ -21,11 +36,13 @@ def find_bucket(
     concurrency: int,
 ) -> int:
     """The bucket of these centers; -1 where the table has none."""
-    row = np.searchsorted(row_concurrency, concurrency)
-    if row < row_concurrency.size and row_concurrency[row] == concurrency:
-        at = row_begin[row] + np.searchsorted(bucket_tokens[row_begin[row] : row_begin[row + 1]], tokens)
-        if at < row_begin[row + 1] and bucket_tokens[at] == tokens:
-            return int(at)
+    rows = row_concurrency.size
+    row = lower_bound(row_concurrency, 0, rows, concurrency)
+    if row < rows and row_concurrency[row] == concurrency:
+        end = row_begin[row + 1]
+        at = lower_bound(bucket_tokens, row_begin[row], end, tokens)
+        if at < end and bucket_tokens[at] == tokens:
+            return at
     return -1
 
 
@@ -62,7 +79,7 @@ def draw_sample(
         return latency_ns[sample_begin[exact] + index_below_u64(residual, count)], SUPPORT_EXACT, 0.0
 
     rows = row_concurrency.size
-    above = np.searchsorted(row_concurrency, concurrency)
+    above = lower_bound(row_concurrency, 0, rows, concurrency)
     tokens_range = np.float64(max(1, tokens_high - tokens_low))
     concurrency_range = np.float64(max(1, row_concurrency[rows - 1] - row_concurrency[0]))
     # Rows open outward from the query's concurrency as soon as their least possible distance can matter; an open row
@@ -120,7 +137,7 @@ def draw_sample(
                 below -= 1
             else:
                 above += 1
-            at = row_begin[row] + np.searchsorted(bucket_tokens[row_begin[row] : row_begin[row + 1]], tokens)
+            at = lower_bound(bucket_tokens, row_begin[row], row_begin[row + 1], tokens)
             open_row[num_open] = row
             open_left[num_open] = at - 1
             open_right[num_open] = at
