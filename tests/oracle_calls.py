@@ -81,10 +81,12 @@ class Calls:
         engine: oracle_service_pb2.EngineIdentity,
         incarnation: int,
         config: oracle_service_pb2.EngineConfig | None = None,
+        *,
+        leases: bool = False,
     ) -> Stream:
         """The engine's stream, opened."""
         stream = Stream(self.oracle)
-        opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=incarnation, config=config)
+        opening = oracle_service_pb2.StreamOpen(engine=engine, incarnation=incarnation, config=config, leases=leases)
         stream.send(open=opening)
         stream.opened = stream.receive().opened
         return stream

@@ -36,7 +36,7 @@ BREAK_SECONDS = 0.005
 CLOSED = "closed by the engine"
 AGED = "old"
 # What an engine without leases may wait for a message of its own that tells a new generation.
-UNHURRIED_SECONDS = 0.02
+UNHURRIED_SECONDS = 0.005
 # How much the ages of streams differ: those that were opened together do not end together.
 AGE_SPREAD = 0.2
 

@@ -95,7 +95,7 @@ def test_an_activation_is_answered_from_by_every_server_soon(
     streams = []
     for number, calls in enumerate(both):
         engine = identity(f"e{number}", name)
-        streams.append(calls.open(engine, calls.attach(engine).incarnation))
+        streams.append(calls.open(engine, calls.attach(engine).incarnation, leases=True))
     took = []
     for number in range(ACTIVATIONS):
         begin = time.monotonic()
