@@ -38,8 +38,14 @@ from deploy.closed_loop.explain import Explanation, captured_periods, explain, p
 from deploy.closed_loop.machine import Machine, cpu_machine, device_machine, model_of, small_model
 from deploy.closed_loop.options import Options, read_options
 from deploy.closed_loop.plans import FIRST_SHARE, KEEP, Planner, PlanPack, PlanPart, print_errors_by_plan
-from deploy.closed_loop.steady import STEADY_MODEL, STEADY_WORKER, install_steady_device, overruns
-from deploy.closed_loop.workloads import BenchClient, Workload
+from deploy.closed_loop.steady import (
+    STEADY_MODEL,
+    STEADY_WORKER,
+    install_steady_device,
+    overruns,
+    steady_variables,
+)
+from deploy.closed_loop.workloads import BenchClient, Workload, seconds_of
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
 from engine_process import EngineFailed, EngineProcess
@@ -95,14 +101,16 @@ def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
     machine, model = _machine(options, folder, progress)
     site = shim_site(folder / "site")
     worker: Sequence[str] = ()
+    variables = dict(machine.real_variables)
     if options.steady:
         install_steady_device(site)
         worker = ("--worker-cls", STEADY_WORKER)
+        variables |= steady_variables(options.steady)
     progress.say("2/4 the oracle server, and the real engine, which is captured")
     with contextlib.ExitStack() as running:
         with machine.beside_the_model():
             server = running.enter_context(OracleProcess(folder / "state"))
-        captured = capture_command(("vllm", *machine.serve, *worker), folder / "capture", machine.real_variables)
+        captured = capture_command(("vllm", *machine.serve, *worker), folder / "capture", variables)
         real = running.enter_context(
             _engine(machine, model, site, folder / "real.log", captured.arguments[1:], captured.environment)
         )
@@ -116,13 +124,15 @@ def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
             )
         workloads = [workload.on(capacity) for workload in options.workloads]
         runs = options.repeats * len(workloads) * (1 + len(options.minutes))
+        seconds = seconds_of(workloads, options.seconds)
         told = " and ".join(f"{minutes:g}" for minutes in options.minutes)
         progress.say(
             f"4/4 {runs} runs of about {options.seconds:g} s, the real engine and the emulated one in turn, beside a "
             f"plan of {told} minutes; the full real engine serves {capacity:.2f} requests/s"
         )
         loop = _Loop(
-            options, workloads, machine, model, site, folder, progress, planner, client, real, server.target, running
+            *(options, workloads, seconds, machine, model, site, folder, progress, planner, client, real),
+            *(server.target, running),
         )
         loop.measure()
         for line in planner.summary():
@@ -138,6 +148,8 @@ class _Loop:
 
     options: Options
     workloads: Sequence[Workload]
+    # Of a run of each.
+    seconds: Sequence[float]
     machine: Machine
     model: Path
     site: Path
@@ -274,7 +286,7 @@ class _Loop:
         folder = self.folder / "runs" / f"{number}-{repeat}-{side}"
         # The same requests every time.
         result = self.client.run(
-            workload, engine.base_url, folder=folder, seconds=self.options.seconds, seed=SEED + number
+            workload, engine.base_url, folder=folder, seconds=self.seconds[number], seed=SEED + number
         )
         self.progress.say(
             f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "
@@ -342,7 +354,7 @@ def _write(options: Options, loop: _Loop, comparisons: Sequence[Comparison]) -> 
         print(f"• errors of the means as LLM-Emu tells them: {options.csv}")
     if options.json is not None:
         device = None if options.vllm is None else {"model": options.model, "serve": list(options.serve)}
-        described = {"schema": "step_oracle.closed_loop/1", "steady": options.steady, "device": device}
+        described = {"schema": "step_oracle.closed_loop/1", "steady_ms": options.steady, "device": device}
         explained = [
             {"workload": workload, "side": side, "repeats": [asdict(repeat) for repeat in repeats]}
             for (workload, side), repeats in loop.explanations.items()

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.closed_loop.steady_device.law import WEIGHTS_MS
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, Workload
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for. `minutes`: lengths of plans, a pack of each; `seconds`: of one run."""
+    """What the command line asks for. `minutes`: lengths of plans, a pack of each; `seconds`: of one run on average."""
 
     workloads: Sequence[Workload]
     repeats: int
     minutes: tuple[float, ...]
     seconds: float
     kind: str
-    steady: bool
+    # Milliseconds in which the steady device reads its weights; 0: the machine's own speed.
+    steady: float
     json: Path | None
     csv: Path | None
     keep: Path | None
@@ -49,12 +51,17 @@ def read_options() -> Options:
         metavar="M[,M...]",
         help="time of the capture's plan, in all repeats (3); several: a pack of each length, and the error by length",
     )
-    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run of one workload (12)")
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run on average (12)")
     parser.add_argument("--kind", choices=("hybrid", "sampled"), default="hybrid", help="kind of the pack (hybrid)")
     parser.add_argument(
         "--steady",
-        action="store_true",
-        help="the real engine's device holds to a law instead of the machine's speed: the error left is ours",
+        type=read_milliseconds,
+        nargs="?",
+        const=WEIGHTS_MS,
+        default=0.0,
+        metavar="MS",
+        help="the real engine's device holds to a law instead of the machine's speed, so the error left is ours; its "
+        f"shortest step ({WEIGHTS_MS:g})",
     )
     parser.add_argument(
         "--vllm",
@@ -115,3 +122,14 @@ def read_minutes(text: str) -> tuple[float, ...]:
     if not minutes or not all(0 < each < math.inf for each in minutes):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of minutes above 0, such as 1,2,4")
     return minutes
+
+
+def read_milliseconds(text: str) -> float:
+    """A number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds above 0, such as {WEIGHTS_MS:g}")
+    return found

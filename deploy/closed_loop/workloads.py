@@ -70,6 +70,12 @@ WORKLOADS = (
 QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
 
 
+def seconds_of(workloads: Sequence[Workload], mean: float) -> tuple[float, ...]:
+    """How long a run of each is, `mean` on average: the lighter its load, the longer, as it has fewer requests."""
+    weights = [(workload.share or 1.0) ** -0.5 for workload in workloads]
+    return tuple(mean * weight * len(weights) / sum(weights) for weight in weights)
+
+
 class BenchClient:
     """vLLM's own benchmark, `vllm bench serve`, for one run after the other; as a context manager.
 

@@ -45,7 +45,7 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     document = json.loads(figures.read_text())
 
-    assert document["steady"] is True
+    assert document["steady_ms"] == 24
     assert re.search(r"the steady device of the real engine: \d+ of [1-9]\d* steps took longer", done.stdout)
     # One engine, captured in one part of the plan, then before, between and behind two workloads, twice. The pack has
     # all of them, and nothing of the runs, which are captured for the explanation.

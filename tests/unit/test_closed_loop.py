@@ -37,7 +37,7 @@ from deploy.closed_loop.explain import (
     traced_periods,
 )
 from deploy.closed_loop.machine import device_machine, model_of
-from deploy.closed_loop.options import read_minutes
+from deploy.closed_loop.options import read_minutes, read_options
 from deploy.closed_loop.plans import (
     FIRST_SHARE,
     PlanPack,
@@ -46,9 +46,9 @@ from deploy.closed_loop.plans import (
     slice_of,
     speeds_of,
 )
-from deploy.closed_loop.steady import overruns
+from deploy.closed_loop.steady import overruns, steady_variables
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
-from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload
+from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload, seconds_of
 from deploy.demo.progress import DemoFailed
 from environments import VllmEnvironment
 from model_dir import write_model_dir
@@ -342,11 +342,32 @@ def test_what_is_started_beside_the_model_keeps_off_its_core_and_this_process_ge
     assert os.sched_getaffinity(0) == cores.ALL
 
 
+def test_a_steady_device_is_as_fast_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = []
+    for arguments in ([], ["--steady"], ["--steady", "8"], ["--steady", "--explain"]):
+        monkeypatch.setattr(sys, "argv", ["closed_loop", *arguments])
+        steady.append(read_options().steady)
+
+    assert steady == [0.0, 24.0, 8.0, 24.0]
+    assert steady_variables(8.0) == {"STEADY_DEVICE_WEIGHTS_MS": "8"}
+
+
+def test_a_lighter_load_runs_longer() -> None:
+    seconds = seconds_of(WORKLOADS, 12.0)
+
+    assert sum(seconds) == pytest.approx(4 * 12.0)
+    # 25, 50 and 40 percent, and one that is full: a quarter of the load, twice the time.
+    assert seconds[0] == pytest.approx(2 * seconds[3])
+    assert seconds[0] > seconds[2] > seconds[1] > seconds[3]
+
+
 def test_the_steady_device_takes_weights_or_computing_and_then_its_requests() -> None:
     # 24 of the weights; 8 + 512 x 0.11 of computing; a quarter per request; contexts; attention of prompts alone.
     assert step_ms([(1, 100)]) == pytest.approx(24 + 0.25 + 0.15)
     assert step_ms([(1, 100), (1, 300)]) == pytest.approx(24 + 0.5 + 0.6)
     assert step_ms([(512, 512)]) == pytest.approx(8 + 56.32 + 0.25 + 0.768 + 512 * 512 * 0.00004)
+    # A device that is three times as fast.
+    assert step_ms([(1, 100)], 8.0) == pytest.approx(8 + 0.25 / 3 + 0.05)
 
 
 def test_the_steady_device_sees_what_the_scheduler_scheduled() -> None:
@@ -414,9 +435,10 @@ def test_a_model_is_a_folder_or_a_published_configuration(tmp_path: Path) -> Non
         (["--model", "qwen3-8b"], "go with --vllm"),
         (["--serve", "--tensor-parallel-size 2"], "go with --vllm"),
         (["--vllm", "venv", "--steady"], "does not go with --vllm"),
+        (["--steady", "0"], "'0' is no number of milliseconds above 0"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(
+def test_flags_that_make_no_sense_are_refused(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["closed_loop", *arguments])

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Milliseconds. Reading the weights, or computing with them, whichever is longer; then requests and their contexts.
+# Where an engine finds in how many milliseconds its device reads its weights.
+WEIGHTS_VARIABLE = "STEADY_DEVICE_WEIGHTS_MS"
+# Milliseconds, of a device that reads its weights in WEIGHTS_MS. Reading the weights, or computing with them, whichever
+# is longer; then requests and their contexts.
 WEIGHTS_MS = 24.0
 LAUNCH_MS, TOKEN_MS = 8.0, 0.11
 REQUEST_MS = 0.25
@@ -14,13 +17,17 @@ CONTEXT_TOKEN_MS = 0.0015
 ATTENTION_MS = 0.00004
 
 
-def step_ms(requests: Sequence[tuple[int, int]]) -> float:
-    """Milliseconds of a step with these requests: (query tokens, context tokens, the query's included) of each."""
+def step_ms(requests: Sequence[tuple[int, int]], weights_ms: float = WEIGHTS_MS) -> float:
+    """Milliseconds of a step with these requests: (query tokens, context tokens, the query's included) of each.
+
+    All that a step does takes as much longer or shorter as reading the weights.
+    """
     tokens = sum(query for query, _ in requests)
     attention = sum(query * context for query, context in requests if query > 1)
     context = sum(context for _, context in requests)
     linear = max(WEIGHTS_MS, LAUNCH_MS + TOKEN_MS * tokens)
-    return linear + REQUEST_MS * len(requests) + CONTEXT_TOKEN_MS * context + ATTENTION_MS * attention
+    whole = linear + REQUEST_MS * len(requests) + CONTEXT_TOKEN_MS * context + ATTENTION_MS * attention
+    return whole * weights_ms / WEIGHTS_MS
 
 
 def requests_of(scheduler_output: Any) -> list[tuple[int, int]]:
