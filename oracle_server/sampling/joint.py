@@ -37,8 +37,14 @@ def find_bucket(
 ) -> int:
     """The bucket of these centers; -1 where the table has none."""
     rows = row_concurrency.size
-    row = lower_bound(row_concurrency, 0, rows, concurrency)
-    if row < rows and row_concurrency[row] == concurrency:
+    span, offset = row_concurrency[rows - 1] - row_concurrency[0], concurrency - row_concurrency[0]
+    if offset < 0 or offset > span:
+        return -1
+    # Rows that are equally far apart, as most are, need no search.
+    row = offset * (rows - 1) // max(1, span)
+    if row_concurrency[row] != concurrency:
+        row = lower_bound(row_concurrency, 0, rows, concurrency)
+    if row_concurrency[row] == concurrency:
         end = row_begin[row + 1]
         at = lower_bound(bucket_tokens, row_begin[row], end, tokens)
         if at < end and bucket_tokens[at] == tokens:

@@ -16,6 +16,7 @@ from oracle_server.errors import BadStep, PackInvalid
 from oracle_server.sampling.answer import SUPPORT_EXACT
 from oracle_server.sampling.buckets import build_index
 from oracle_server.sampling.draws import draw, engine_key, index_below
+from oracle_server.sampling.joint import find_bucket
 from oracle_server.sampling.sampled import SampledOptions, SampledOracle
 from oracle_server.sampling.shape import StepQuery
 
@@ -212,3 +213,16 @@ def test_any_table_answers_as_its_naive_twin(
     answer = open_sampled(samples, **options).answer(query, key, 3)
     assert (answer.latency_ns, answer.support, answer.distance) == sampled_answer(samples, query, key, 3, **options)
     assert answer.latency_ns in {row[3] for row in rows}
+
+
+@pytest.mark.parametrize("rows", [[7], [0, 1, 2, 3], [5, 15, 25, 35], [1, 2, 4, 8, 64, 65], [3, 1000]])
+def test_a_bucket_is_found_wherever_its_rows_are(rows: list[int]) -> None:
+    """Equally far apart or not; below, between and above them there is none."""
+    tokens = [[row, row + 3] for row in rows]
+    begin = np.arange(0, 2 * len(rows) + 1, 2)
+    index = np.array(rows), begin, np.array([each for row in tokens for each in row])
+    places = {(each, row): 2 * i + j for i, row in enumerate(rows) for j, each in enumerate(tokens[i])}
+
+    for concurrency in range(-2, rows[-1] + 3):
+        for each in (concurrency - 1, concurrency, concurrency + 3):
+            assert find_bucket(*index, each, concurrency) == places.get((each, concurrency), -1)
