@@ -131,8 +131,19 @@ def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
             f"plan of {told} minutes; the full real engine serves {capacity:.2f} requests/s"
         )
         loop = _Loop(
-            *(options, workloads, seconds, machine, model, site, folder, progress, planner, client, real),
-            *(server.target, running),
+            options,
+            workloads,
+            seconds,
+            machine,
+            model,
+            site,
+            folder,
+            progress,
+            planner,
+            client,
+            real,
+            server.target,
+            running,
         )
         loop.measure()
         for line in planner.summary():
