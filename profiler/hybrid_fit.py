@@ -31,8 +31,9 @@ _OUTLIER_SIGMAS: Final = 4.0
 # Steps of one cell differ by so much because their shapes do.
 _LEAST_SPREAD: Final = 0.02
 _FEWEST_NEIGHBORS: Final = 5
-# Kinks of total tokens: where a roofline may turn from reading weights to computing.
-_KINKS: Final = (16, 32, 64, 128, 256, 512, 1024)
+# Kinks of total tokens, four an octave: where a roofline may turn from reading weights to computing. Measured lengths
+# of prompts may be an octave apart; what lies between is told by where the costs on both sides meet.
+_KINKS: Final = tuple(round(16 * 2 ** (quarter / 4)) for quarter in range(25))
 _MIN_STEPS: Final = 8
 # Growth from one edge of the decode table to the next.
 _REQUESTS_GROWTH: Final = 1.15

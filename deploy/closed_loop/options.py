@@ -43,7 +43,7 @@ def read_options() -> Options:
         description="Capture a real vLLM, build a pack, and set the emulated engine beside the real one.",
     )
     parser.add_argument("--quick", action="store_true", help="two workloads, two repeats, seconds: shows that it works")
-    parser.add_argument("--repeats", type=int, default=0, metavar="N", help="runs of each workload on each side (3)")
+    parser.add_argument("--repeats", type=int, default=0, metavar="N", help="runs of each workload on each side (10)")
     parser.add_argument(
         *("--minutes", "--plan-minutes"),
         type=read_minutes,
@@ -51,7 +51,7 @@ def read_options() -> Options:
         metavar="M[,M...]",
         help="time of the capture's plan, in all repeats (3); several: a pack of each length, and the error by length",
     )
-    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run on average (12)")
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="of one run on average (4)")
     parser.add_argument("--kind", choices=("hybrid", "sampled"), default="hybrid", help="kind of the pack (hybrid)")
     parser.add_argument(
         "--steady",
@@ -94,7 +94,8 @@ def read_options() -> Options:
     for path in (given.csv, given.json):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: its folder does not exist; make it first")
-    repeats, minutes, seconds = (2, (1.0,), 6.0) if given.quick else (3, (3.0,), 12.0)
+    # Many short runs: a shared machine drifts within seconds, and so each is beside parts of the plan of its moments.
+    repeats, minutes, seconds = (2, (1.0,), 6.0) if given.quick else (10, (3.0,), 4.0)
     return Options(
         workloads=QUICK_WORKLOADS if given.quick else WORKLOADS,
         repeats=given.repeats or repeats,

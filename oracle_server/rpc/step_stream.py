@@ -70,8 +70,9 @@ class StepStream:
         self._events = events
         self._context = context
         self._writing = asyncio.Lock()
-        # The handler's task, only while it waits for the engine's next message.
-        self._reading: asyncio.Task[Any] | None = None
+        # The handler's task; it may be cancelled only while it waits for the engine's next message.
+        self._task: asyncio.Task[Any] | None = None
+        self._is_reading = False
         self._ending: OracleError | None = None
         self._max_age_seconds = max_age_seconds
         self._aged = False
@@ -92,6 +93,8 @@ class StepStream:
         """Answer until the engine closes its side, an error or the server's end."""
         metrics = self._metrics
         metrics.streams += 1
+        # Once: asking for the running loop asks the kernel for the process's number (CPython 3.11).
+        self._task = asyncio.current_task()
         code, reason = "CANCELLED", ""
         try:
             await self._serve()
@@ -119,14 +122,16 @@ class StepStream:
         """End the stream with the error: at once while it waits for the engine, else after the message in work."""
         if self._ending is None:
             self._ending = error
-        if self._reading is not None:
-            self._reading.cancel()
+        self._stop_reading()
 
     def _retire(self) -> None:
         """End the stream between two messages, without an error: its engine opens another, here or at a replica."""
         self._aged = True
-        if self._reading is not None:
-            self._reading.cancel()
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._is_reading and self._task is not None:
+            self._task.cancel()
 
     async def _serve(self) -> None:
         first = await self._read()
@@ -202,15 +207,15 @@ class StepStream:
         self._raise_ending()
         if self._aged:
             return EOF
-        task = self._reading = asyncio.current_task()
+        self._is_reading = True
         try:
             return await self._context.read()
         except asyncio.CancelledError:
-            if (self._ending is None and not self._aged) or task is None:
+            if (self._ending is None and not self._aged) or self._task is None:
                 raise
-            task.uncancel()
+            self._task.uncancel()
         finally:
-            self._reading = None
+            self._is_reading = False
         self._raise_ending()
         return EOF
 

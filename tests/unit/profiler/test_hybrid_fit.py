@@ -73,6 +73,27 @@ def test_a_cost_made_of_the_terms_is_found_again(steps: StepSamples) -> None:
     assert found["prefill_attention_pairs", 0.0] == pytest.approx(3, rel=0.05)
 
 
+def test_a_kink_between_measured_lengths_of_prompts_is_told_by_the_costs_on_both_sides() -> None:
+    """A device that turns to computing at 145 tokens, and a plan that visits 115 to 128 and 230 to 256, not between."""
+
+    def prompt(tokens: int, scatter: float = 1.0) -> dict[str, Any]:
+        cost = (max(8e6, 2.67e6 + 36_700 * tokens) + 2e4) * scatter
+        return {"prefill_chunk_tokens": [tokens], "prefill_chunk_context_tokens": [0], "latency_ns": round(cost)}
+
+    random = np.random.default_rng(7)
+    visited = [length for most in (16, 32, 64, 128, 256, 512) for length in random.integers(9 * most // 10, most, 12)]
+    decode = [{"num_decode_requests": n, "num_decode_tokens": n, "latency_ns": 8_020_000} for n in range(1, 33)]
+    for row in decode:
+        row |= {"decode_context_tokens": 100 * row["num_decode_requests"], "max_decode_context_tokens": 100}
+    measured = [prompt(int(length), 1 + 0.02 * random.standard_normal()) for length in visited]
+    model = fit_hybrid(_as_steps(_whole([*measured, *decode])))
+    between = _as_steps(_whole([prompt(length) for length in range(130, 230, 5)]))
+    error = np.abs(model.predict(between) / between.latency_ns - 1)
+    # With kinks at powers of two 0.035 and 0.068.
+    assert error.mean() < 0.015
+    assert error.max() < 0.04
+
+
 def test_a_ratio_that_physics_does_not_know_is_learned_where_it_was_measured(steps: StepSamples) -> None:
     """Steps of 20 to 40 requests take 20 % more: no term can say that."""
     slow = (steps.decode_requests >= 20) & (steps.decode_requests <= 40)
@@ -251,6 +272,13 @@ def test_the_command_prints_terms_regions_residuals_and_coverage(tmp_path: Path)
     for word in ("decode_context_tokens", "ns per pair", "share of time", "hole: concurrency", "sigma", "coverage:"):
         assert word in result.output
     assert check_pack(tmp_path / "pack").manifest.kv_cache.blocks == 500
+
+
+def _whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With zeros and no chunks where a row says nothing."""
+    counts = ("num_decode_requests", "num_decode_tokens", "decode_context_tokens", "max_decode_context_tokens")
+    nothing = {**dict.fromkeys(counts, 0), "prefill_chunk_tokens": [], "prefill_chunk_context_tokens": []}
+    return [{**nothing, **row} for row in rows]
 
 
 def _as_steps(rows: list[dict[str, Any]]) -> StepSamples:
