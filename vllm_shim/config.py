@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from vllm_shim.errors import ConfigurationError
 
-WAIT_MODES = ("hybrid", "sleep", "spin")
+WAIT_MODES = ("hybrid", "sleep", "spin", "yield")
 LOST_POLICIES = ("fail", "hold")
 _EXPERIMENT = re.compile(r"tenants/[a-z0-9][a-z0-9-]{0,62}/experiments/[a-z0-9][a-z0-9-]{0,62}")
 # Set by the shim itself, or owned by the oracle server, the tests and the development tools.
@@ -39,7 +39,7 @@ class ShimConfig:
     | tls_cert, tls_key | none | PEM files: this client's own certificate, where the oracle asks for one |
     | budget_seconds | 10 | how long a step may wait for a lost oracle |
     | on_lost | fail | fail: error and exit after the budget; hold: wait without limit |
-    | wait | hybrid | hybrid: sleep to 0.2 ms before the deadline, then spin; sleep; spin |
+    | wait | hybrid | hybrid: sleep to 0.2 ms before the deadline, then spin; sleep; spin; yield: spin and give way |
     | trace | none | path prefix of the step trace; "<engine id>.trace" is appended |
     | leases | 1 | 0: every step is asked for, none is answered from a lease |
     | allow_mismatch | none | cold fields that may differ from the pack, comma separated |

@@ -272,7 +272,8 @@ class _Loop:
         create = ("experiment", "create", "default", "--pack", str(found[0].pack), "--seed", "1", *at)
         step_oracle(*create, next_step=KEEP)
         arguments = (*self.machine.serve, *self.machine.emulated_serve)
-        variables = {"STEP_ORACLE_ENGINE_ID": "emulated"}
+        # The real engine's core process spins and gives way while its device computes, so this one does too.
+        variables = {"STEP_ORACLE_ENGINE_ID": "emulated", "STEP_ORACLE_WAIT": "yield"}
         if self.options.explain:
             variables["STEP_ORACLE_TRACE"] = str(self.folder / _TRACE)
         log_path = self.folder / "emulated.log"

@@ -45,7 +45,7 @@ _PR_SET_TIMERSLACK = 29
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-version", default=VLLM_VERSIONS[-1])
-    parser.add_argument("--wait", default="hybrid", choices=("hybrid", "sleep", "spin"))
+    parser.add_argument("--wait", default="hybrid", choices=("hybrid", "sleep", "spin", "yield"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCIES)
     parser.add_argument("--engines", type=int, default=1, help="engines, each with a load of its own")
     parser.add_argument("--seconds", type=float, default=12.0, help="length of the load at each concurrency")

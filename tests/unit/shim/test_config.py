@@ -54,7 +54,7 @@ def test_labels_and_lists_are_split() -> None:
         ({"BUDGET_SECONDS": "inf"}, "'inf'"),
         ({"ON_LOST": "guess"}, "fail, hold"),
         ({"LEASES": "yes"}, "0, 1"),
-        ({"WAIT": "busy"}, "hybrid, sleep, spin"),
+        ({"WAIT": "busy"}, "hybrid, sleep, spin, yield"),
         ({"TARGETS": "x"}, "unknown variable STEP_ORACLE_TARGETS"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_shim.config import WAIT_MODES
 from vllm_shim.timeline import SHORTEST_IDLE_NS, Clock, DeadlineFuture, DeviceTimeline, StepTimes, resolved
 
 
@@ -136,7 +137,7 @@ def test_a_resolved_future_is_done() -> None:
     assert resolved(3).result() == 3
 
 
-@pytest.mark.parametrize("mode", ["sleep", "hybrid", "spin"])
+@pytest.mark.parametrize("mode", WAIT_MODES)
 def test_no_wait_mode_returns_before_the_deadline(mode: str) -> None:
     clock = Clock(mode)
     for _ in range(20):
@@ -145,7 +146,7 @@ def test_no_wait_mode_returns_before_the_deadline(mode: str) -> None:
         assert clock.now_ns() >= deadline
 
 
-@pytest.mark.parametrize("mode", ["sleep", "hybrid", "spin"])
+@pytest.mark.parametrize("mode", WAIT_MODES)
 def test_a_deadline_in_the_past_does_not_wait(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_shim.timeline.time.sleep", lambda _: pytest.fail("slept"))
     clock = Clock(mode)
@@ -160,6 +161,16 @@ def test_a_wait_too_short_to_sleep_lets_other_threads_in_once(mode: str, monkeyp
     monkeypatch.setattr("vllm_shim.timeline.time.monotonic_ns", lambda: next(readings))
     Clock(mode).wait_until(150_000)
     assert slept == [0.0]
+
+
+def test_yielding_gives_the_core_away_at_every_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    readings = iter((0, 400_000, 800_000, 1_000_000))
+    monkeypatch.setattr("vllm_shim.timeline.time.sleep", lambda _: pytest.fail("slept"))
+    monkeypatch.setattr("vllm_shim.timeline.os.sched_yield", lambda: given.append(1))
+    monkeypatch.setattr("vllm_shim.timeline.time.monotonic_ns", lambda: next(readings))
+    Clock("yield").wait_until(1_000_000)
+    assert len(given) == 3
 
 
 def test_a_future_can_be_printed_in_an_error_report() -> None:
