@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from profiler.capture.device_times import DeviceStepTimes, HostClock
-from profiler.capture.recording import device_block, scheduled_block
+from profiler.capture.recording import StepSchedule, device_block, scheduled_block
 from profiler.capture.steps import CapturedStep
 from profiler.capture.trace_file import MAGIC, framed
 from step_oracle.v1 import capture_pb2 as pb
 from step_oracle.v1 import step_pb2
+from vllm_shim.step_shape import ScheduledStep
 
 ENGINE: dict[str, Any] = {
     "vllm_version": "0.32.0",
@@ -148,7 +149,7 @@ def _device_block(part: Sequence[CapturedStep], worker_offset: int) -> pb.Captur
     return block
 
 
-def _scheduled(step: CapturedStep) -> pb.ScheduledStep:
+def _scheduled(step: CapturedStep) -> StepSchedule:
     shape = step_pb2.StepShape(
         num_decode_requests=step.num_decode_requests,
         num_decode_tokens=step.num_decode_tokens,
@@ -161,9 +162,10 @@ def _scheduled(step: CapturedStep) -> pb.ScheduledStep:
         shape.prefill_chunks.add(num_tokens=tokens, context_tokens=context)
     for number in range(step.num_new_requests):
         shape.new_requests.add(request_key=f"request-{step.step_index}-{number}", prompt_tokens=1)
-    return pb.ScheduledStep(
+    return StepSchedule(
         step_index=step.step_index,
-        shape=shape,
+        output=None,
+        scheduled=ScheduledStep(shape),
         dispatch_ns=step.dispatch_ns,
         result_ns=step.result_ns,
         generated_tokens=step.generated_tokens,

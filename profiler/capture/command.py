@@ -46,7 +46,7 @@ def summary_lines(run: CapturedRun) -> list[str]:
     tokens = sum(step.generated_tokens for step in steps)
     took = (
         f"  capture took {cost.scheduler_us:.0f} us of a step in the engine core and {cost.worker_us:.0f} us in the "
-        f"worker: {cost.percent:.2f} % of {cost.step_us / 1e3:.2f} ms; writers beside it: {cost.writers_us:.0f} us"
+        f"worker: {cost.percent:.2f} % of {cost.step_us / 1e3:.2f} ms; beside it {cost.beside_us:.0f} us"
     )
     return [
         f"{run.name}: {len(steps)} steps ({mixed} with prefill chunks), {tokens} tokens out, timed by {run.timing}",

@@ -1,7 +1,8 @@
 """The engine core's side of a capture: `--scheduler-cls profiler.capture.scheduler.capture_scheduler`.
 
 vLLM's own scheduler, with a look at what `schedule` returns and at what `update_from_output` is given: the two ends of
-a step wherever its workers run, under any executor, with and without asynchronous scheduling (0.18.1 to 0.33.0, read).
+a step wherever its workers run, under any executor, with and without asynchronous scheduling. `get_grammar_bitmask`
+comes between them, when the executor has the step (0.18.1 to 0.33.0, read); where it does not come nothing is lost.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def capture_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any
             output = super().schedule(*args, **kwargs)
             recording.dispatched(output)
             return output
+
+        def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+            # What the engine core calls right after the executor has taken the step.
+            recording.executing()
+            return super().get_grammar_bitmask(*args, **kwargs)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any) -> Any:
             recording.finished(scheduler_output, model_runner_output)

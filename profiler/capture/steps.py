@@ -69,11 +69,14 @@ def idle_ns(steps: Sequence[CapturedStep]) -> list[int]:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What the capture took, per step in microseconds, and of a step's time in percent. Writers run beside the step."""
+    """What the capture took, per step in microseconds, and of a step's time in percent.
+
+    `beside_us`: the writers, and what the engine core does for it while the device works.
+    """
 
     scheduler_us: float
     worker_us: float
-    writers_us: float
+    beside_us: float
     step_us: float
 
     @property
@@ -288,12 +291,13 @@ def _overhead(scheduler: CaptureFile, workers: Sequence[CaptureFile], steps: Seq
         blocks = [record.scheduled if record.HasField("scheduled") else record.device for record in file.records]
         count = sum(len(block.steps) for block in blocks) or 1
         hooks, writer = (sum(getattr(block, name) for block in blocks) for name in ("hook_ns", "writer_cpu_ns"))
-        return hooks / count / 1e3, writer / count / 1e3
+        beside = writer + sum(record.scheduled.beside_ns for record in file.records)
+        return hooks / count / 1e3, beside / count / 1e3
 
     each = [of(file) for file in workers] or [(0.0, 0.0)]
-    hooks, writer = of(scheduler)
+    hooks, beside = of(scheduler)
     step_us = sum(step.latency_ns for step in steps) / max(1, len(steps)) / 1e3
-    return Overhead(hooks, max(hook for hook, _ in each), writer + max(cpu for _, cpu in each), step_us)
+    return Overhead(hooks, max(hook for hook, _ in each), beside + max(cpu for _, cpu in each), step_us)
 
 
 def _warm_up_phases(run: Path) -> list[tuple[int, int]]:

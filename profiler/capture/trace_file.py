@@ -31,10 +31,10 @@ _MAX_RECORD_BYTES = 64 << 20
 class CaptureWriter:
     """Appends what `append` is given to one file, four times a second.
 
-    `append` and `hook_ns` belong to the thread that steps; the writer's own thread does the rest. That thread asks for
-    the interpreter and gets it when the stepping thread waits for the device. A killed process loses what was appended
-    since the last write: the kernel has the rest. Where a write or the device fails, the engine goes on serving: the
-    failure is said once, and nothing more is kept.
+    `append`, `hook_ns` and `beside_ns` belong to the thread that steps; the writer's own thread does the rest. That
+    thread asks for the interpreter and gets it when the stepping thread waits for the device. A killed process loses
+    what was appended since the last write: the kernel has the rest. Where a write or the device fails, the engine goes
+    on serving: the failure is said once, and nothing more is kept.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class CaptureWriter:
         `begin_thread` is the first thing the writer's thread calls; `pause` looks whenever it has written. Raises
         FileExistsError where the file exists: a start of an engine has a folder of its own.
         """
-        self.hook_ns = 0
+        # Time of the thread that steps in capture code; of a scheduler's, in what of it runs while the device works.
+        self.hook_ns = self.beside_ns = 0
         self._encode = encode
         self._items: deque[Any] = deque()
-        self._told_hook_ns = self._told_cpu_ns = 0
+        self._told_hook_ns = self._told_beside_ns = self._told_cpu_ns = 0
         self._path, self._begin_thread, self._pause = path, begin_thread, pause
         # Set by the writer's thread, once; read by the other, where a step too many does no harm.
         self._failed = False
@@ -108,8 +109,10 @@ class CaptureWriter:
         block = record.scheduled if record.HasField("scheduled") else record.device
         for _ in block.steps:
             self._items.popleft()
-        hook_ns, cpu_ns = self.hook_ns, time.thread_time_ns()
+        hook_ns, beside_ns, cpu_ns = self.hook_ns, self.beside_ns, time.thread_time_ns()
         block.hook_ns, self._told_hook_ns = hook_ns - self._told_hook_ns, hook_ns
+        if record.HasField("scheduled"):
+            record.scheduled.beside_ns, self._told_beside_ns = beside_ns - self._told_beside_ns, beside_ns
         block.writer_cpu_ns, self._told_cpu_ns = cpu_ns - self._told_cpu_ns, cpu_ns
         self._write(framed(record))
         return len(block.steps) == _STEPS_PER_BLOCK

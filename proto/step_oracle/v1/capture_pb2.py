@@ -15,25 +15,25 @@ _sym_db = _symbol_database.Default()
 from step_oracle.v1 import step_pb2 as step__oracle_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstep_oracle/v1/capture.proto\x12\x0estep_oracle.v1\x1a\x19step_oracle/v1/step.proto\"\xae\x01\n\rCaptureRecord\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.step_oracle.v1.CaptureHeaderH\x00\x12\x33\n\tscheduled\x18\x02 \x01(\x0b\x32\x1e.step_oracle.v1.ScheduledStepsH\x00\x12-\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x1b.step_oracle.v1.DeviceStepsH\x00\x42\x08\n\x06record\"\xa0\x01\n\rCaptureHeader\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x03 \x01(\r\x12-\n\x06timing\x18\x04 \x01(\x0e\x32\x1d.step_oracle.v1.CaptureTiming\x12\x14\n\x0cmonotonic_ns\x18\x05 \x01(\x04\x12\x0f\n\x07unix_ns\x18\x06 \x01(\x04\"w\n\x0eScheduledSteps\x12\x0f\n\x07\x62\x61se_ns\x18\x01 \x01(\x04\x12,\n\x05steps\x18\x02 \x03(\x0b\x32\x1d.step_oracle.v1.ScheduledStep\x12\x0f\n\x07hook_ns\x18\x03 \x01(\x04\x12\x15\n\rwriter_cpu_ns\x18\x04 \x01(\x04\"\xa0\x01\n\rScheduledStep\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12(\n\x05shape\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.StepShape\x12\x13\n\x0b\x64ispatch_ns\x18\x03 \x01(\x12\x12\x11\n\tresult_ns\x18\x04 \x01(\x12\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12\x0f\n\x07host_ns\x18\x06 \x01(\x04\"q\n\x0b\x44\x65viceSteps\x12\x0f\n\x07\x62\x61se_ns\x18\x01 \x01(\x04\x12)\n\x05steps\x18\x02 \x03(\x0b\x32\x1a.step_oracle.v1.DeviceStep\x12\x0f\n\x07hook_ns\x18\x03 \x01(\x04\x12\x15\n\rwriter_cpu_ns\x18\x04 \x01(\x04\"\x8f\x01\n\nDeviceStep\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\x12\x10\n\x08\x65ntry_ns\x18\x03 \x01(\x12\x12\x10\n\x08start_ns\x18\x04 \x01(\x12\x12\x0e\n\x06\x65nd_ns\x18\x05 \x01(\x12\x12\x11\n\treturn_ns\x18\x06 \x01(\x12\x12\x10\n\x08was_idle\x18\x07 \x01(\x08*h\n\rCaptureTiming\x12\x1e\n\x1a\x43\x41PTURE_TIMING_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PTURE_TIMING_HOST\x10\x01\x12\x1e\n\x1a\x43\x41PTURE_TIMING_CUDA_EVENTS\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstep_oracle/v1/capture.proto\x12\x0estep_oracle.v1\x1a\x19step_oracle/v1/step.proto\"\xae\x01\n\rCaptureRecord\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.step_oracle.v1.CaptureHeaderH\x00\x12\x33\n\tscheduled\x18\x02 \x01(\x0b\x32\x1e.step_oracle.v1.ScheduledStepsH\x00\x12-\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x1b.step_oracle.v1.DeviceStepsH\x00\x42\x08\n\x06record\"\xa0\x01\n\rCaptureHeader\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x03 \x01(\r\x12-\n\x06timing\x18\x04 \x01(\x0e\x32\x1d.step_oracle.v1.CaptureTiming\x12\x14\n\x0cmonotonic_ns\x18\x05 \x01(\x04\x12\x0f\n\x07unix_ns\x18\x06 \x01(\x04\"\x8a\x01\n\x0eScheduledSteps\x12\x0f\n\x07\x62\x61se_ns\x18\x01 \x01(\x04\x12,\n\x05steps\x18\x02 \x03(\x0b\x32\x1d.step_oracle.v1.ScheduledStep\x12\x0f\n\x07hook_ns\x18\x03 \x01(\x04\x12\x15\n\rwriter_cpu_ns\x18\x04 \x01(\x04\x12\x11\n\tbeside_ns\x18\x05 \x01(\x04\"\xa0\x01\n\rScheduledStep\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12(\n\x05shape\x18\x02 \x01(\x0b\x32\x19.step_oracle.v1.StepShape\x12\x13\n\x0b\x64ispatch_ns\x18\x03 \x01(\x12\x12\x11\n\tresult_ns\x18\x04 \x01(\x12\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12\x0f\n\x07host_ns\x18\x06 \x01(\x04\"q\n\x0b\x44\x65viceSteps\x12\x0f\n\x07\x62\x61se_ns\x18\x01 \x01(\x04\x12)\n\x05steps\x18\x02 \x03(\x0b\x32\x1a.step_oracle.v1.DeviceStep\x12\x0f\n\x07hook_ns\x18\x03 \x01(\x04\x12\x15\n\rwriter_cpu_ns\x18\x04 \x01(\x04\"\x8f\x01\n\nDeviceStep\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\x12\x10\n\x08\x65ntry_ns\x18\x03 \x01(\x12\x12\x10\n\x08start_ns\x18\x04 \x01(\x12\x12\x0e\n\x06\x65nd_ns\x18\x05 \x01(\x12\x12\x11\n\treturn_ns\x18\x06 \x01(\x12\x12\x10\n\x08was_idle\x18\x07 \x01(\x08*h\n\rCaptureTiming\x12\x1e\n\x1a\x43\x41PTURE_TIMING_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PTURE_TIMING_HOST\x10\x01\x12\x1e\n\x1a\x43\x41PTURE_TIMING_CUDA_EVENTS\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'step_oracle.v1.capture_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_CAPTURETIMING']._serialized_start=960
-  _globals['_CAPTURETIMING']._serialized_end=1064
+  _globals['_CAPTURETIMING']._serialized_start=980
+  _globals['_CAPTURETIMING']._serialized_end=1084
   _globals['_CAPTURERECORD']._serialized_start=76
   _globals['_CAPTURERECORD']._serialized_end=250
   _globals['_CAPTUREHEADER']._serialized_start=253
   _globals['_CAPTUREHEADER']._serialized_end=413
-  _globals['_SCHEDULEDSTEPS']._serialized_start=415
-  _globals['_SCHEDULEDSTEPS']._serialized_end=534
-  _globals['_SCHEDULEDSTEP']._serialized_start=537
-  _globals['_SCHEDULEDSTEP']._serialized_end=697
-  _globals['_DEVICESTEPS']._serialized_start=699
-  _globals['_DEVICESTEPS']._serialized_end=812
-  _globals['_DEVICESTEP']._serialized_start=815
-  _globals['_DEVICESTEP']._serialized_end=958
+  _globals['_SCHEDULEDSTEPS']._serialized_start=416
+  _globals['_SCHEDULEDSTEPS']._serialized_end=554
+  _globals['_SCHEDULEDSTEP']._serialized_start=557
+  _globals['_SCHEDULEDSTEP']._serialized_end=717
+  _globals['_DEVICESTEPS']._serialized_start=719
+  _globals['_DEVICESTEPS']._serialized_end=832
+  _globals['_DEVICESTEP']._serialized_start=835
+  _globals['_DEVICESTEP']._serialized_end=978
 # @@protoc_insertion_point(module_scope)

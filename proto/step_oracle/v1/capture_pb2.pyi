@@ -43,16 +43,18 @@ class CaptureHeader(_message.Message):
     def __init__(self, version: _Optional[str] = ..., rank: _Optional[int] = ..., data_parallel_rank: _Optional[int] = ..., timing: _Optional[_Union[CaptureTiming, str]] = ..., monotonic_ns: _Optional[int] = ..., unix_ns: _Optional[int] = ...) -> None: ...
 
 class ScheduledSteps(_message.Message):
-    __slots__ = ("base_ns", "steps", "hook_ns", "writer_cpu_ns")
+    __slots__ = ("base_ns", "steps", "hook_ns", "writer_cpu_ns", "beside_ns")
     BASE_NS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     HOOK_NS_FIELD_NUMBER: _ClassVar[int]
     WRITER_CPU_NS_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_NS_FIELD_NUMBER: _ClassVar[int]
     base_ns: int
     steps: _containers.RepeatedCompositeFieldContainer[ScheduledStep]
     hook_ns: int
     writer_cpu_ns: int
-    def __init__(self, base_ns: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[ScheduledStep, _Mapping]]] = ..., hook_ns: _Optional[int] = ..., writer_cpu_ns: _Optional[int] = ...) -> None: ...
+    beside_ns: int
+    def __init__(self, base_ns: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[ScheduledStep, _Mapping]]] = ..., hook_ns: _Optional[int] = ..., writer_cpu_ns: _Optional[int] = ..., beside_ns: _Optional[int] = ...) -> None: ...
 
 class ScheduledStep(_message.Message):
     __slots__ = ("step_index", "shape", "dispatch_ns", "result_ns", "generated_tokens", "host_ns")

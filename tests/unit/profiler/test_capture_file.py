@@ -14,15 +14,18 @@ import pytest
 
 from environments import REPOSITORY
 from oracle_server.errors import InvalidArgument
-from profiler.capture.recording import scheduled_block
+from profiler.capture.recording import StepSchedule, scheduled_block
 from profiler.capture.trace_file import _STEPS_PER_BLOCK, MAGIC, CaptureWriter, framed, read_capture_file
 from step_oracle.v1 import capture_pb2 as pb
+from step_oracle.v1.step_pb2 import StepShape
+from vllm_shim.step_shape import ScheduledStep
 
 HEADER = pb.CaptureHeader(version="test")
 
 
-def step(index: int) -> pb.ScheduledStep:
-    return pb.ScheduledStep(step_index=index, dispatch_ns=1000 * index, result_ns=1000 * index + 900)
+def step(index: int) -> StepSchedule:
+    scheduled = ScheduledStep(StepShape())
+    return StepSchedule(index, None, 0, scheduled, dispatch_ns=1000 * index, result_ns=1000 * index + 900)
 
 
 def indices(path: Path) -> list[int]:
@@ -54,7 +57,7 @@ def test_steps_that_are_not_ready_are_offered_again(tmp_path: Path) -> None:
     offered: list[int] = []
     offered_thrice = threading.Event()
 
-    def encode(steps: Sequence[pb.ScheduledStep]) -> pb.CaptureRecord | None:
+    def encode(steps: Sequence[StepSchedule]) -> pb.CaptureRecord | None:
         offered.append(len(steps))
         if len(offered) < 3:
             return None
@@ -165,10 +168,13 @@ def test_a_killed_writer_leaves_all_but_what_it_was_given_last(tmp_path: Path) -
     """
     script = (
         "import sys, time; from pathlib import Path; from profiler.capture.trace_file import CaptureWriter\n"
-        "from profiler.capture.recording import scheduled_block; from step_oracle.v1 import capture_pb2 as pb\n"
+        "from profiler.capture.recording import StepSchedule, scheduled_block\n"
+        "from step_oracle.v1 import capture_pb2 as pb, step_pb2\n"
+        "from vllm_shim.step_shape import ScheduledStep\n"
         "writer = CaptureWriter(Path(sys.argv[1]), pb.CaptureHeader(version='test'), scheduled_block)\n"
         "for index in range(10**9):\n"
-        "    writer.append(pb.ScheduledStep(step_index=index, dispatch_ns=time.monotonic_ns()))\n"
+        "    scheduled = ScheduledStep(step_pb2.StepShape())\n"
+        "    writer.append(StepSchedule(index, None, 0, scheduled, dispatch_ns=time.monotonic_ns()))\n"
         "    print(index - len(writer._items), flush=True); time.sleep(0.002)\n"
     )
     paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "proto")))

@@ -91,6 +91,9 @@ class FakeScheduler:
     def schedule(self, throttle_prefills: bool = False) -> Any:
         return self.outputs.pop(0)
 
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        return scheduler_output, "bitmask"
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> str:
         return "outputs"
 
@@ -204,6 +207,7 @@ def test_the_scheduler_is_the_one_the_engine_would_have_had(
     assert type(scheduler).__mro__[1] is expected
     assert scheduler.schedule(True) is scheduled
     result = SimpleNamespace(sampled_token_ids=[[5]])
+    assert scheduler.get_grammar_bitmask(scheduled) == (scheduled, "bitmask")
     assert scheduler.update_from_output(scheduled, result) == "outputs"
     scheduler.shutdown()
     assert scheduler.ended

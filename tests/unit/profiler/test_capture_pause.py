@@ -144,6 +144,7 @@ class Engine:
         return scheduled
 
     def execute(self, scheduled: Any) -> None:
+        self.scheduler.executing()
         self.worker.begin(scheduled.total_num_scheduled_tokens)
         self.worker.end()
 

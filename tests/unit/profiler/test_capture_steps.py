@@ -14,6 +14,7 @@ from oracle_server.errors import InvalidArgument
 from profiler.capture.device_times import HostClock
 from profiler.capture.recording import SchedulerRecording, WorkerRecording
 from profiler.capture.steps import PLAN_FILE, RunTail, read_capture
+from profiler.capture.trace_file import read_capture_file
 from schedules import new, output
 
 
@@ -249,9 +250,58 @@ def test_the_host_s_time_lies_between_a_result_and_the_next_step_without_the_cap
     assert [step.host_ns for step in written.steps] == [0, 1_070, 0, 0, 0]
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_step_is_read_once_the_executor_has_it_and_that_is_no_time_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """Or with its result, where nobody tells that it has. The clock moves by 1,000 with each reading."""
+    now = [0]
+
+    def monotonic_ns() -> int:
+        now[0] += 1_000
+        return now[0]
+
+    monkeypatch.setattr("profiler.capture.recording.time.monotonic_ns", monotonic_ns)
+    scheduler = SchedulerRecording(tmp_path / "engine.capture")
+    monkeypatch.setattr(scheduler, "_writer", written := FakeWriter())
+    step = output({"a": 10}, new_requests=(new("a", 10),))
+    read = [bool(scheduler._open)]
+    scheduler.dispatched(step)
+    read.append(scheduler._open[0].scheduled is not None)
+    if is_told:
+        scheduler.executing()
+        scheduler.executing()
+    read.append(scheduler._open[0].scheduled is not None)
+    assert read == [False, False, is_told]
+    assert (written.hook_ns, written.beside_ns) == (1_000, 1_000 * is_told)
+    scheduler.finished(step, None)
+
+    assert [chunk.num_tokens for chunk in written.steps[0].scheduled.shape.prefill_chunks] == [10]
+    assert (written.hook_ns, written.beside_ns) == (2_000, 1_000 * is_told)
+
+
+def test_a_worker_that_takes_drafts_out_of_a_step_changes_nothing_of_its_shape(tmp_path: Path) -> None:
+    """As vLLM's own n-gram proposer on a GPU does to the object both share."""
+    scheduler = SchedulerRecording(tmp_path / "engine.capture")
+    first, second = output({"a": 10}, new_requests=(new("a", 10),)), output({"a": 4}, cached=(("a", 10, 1),))
+    second.scheduled_spec_decode_tokens = {"a": [7, 8, 9]}
+    for step in (first, second):
+        scheduler.dispatched(step)
+        if step.scheduled_spec_decode_tokens:
+            step.scheduled_spec_decode_tokens.clear()
+            step.num_scheduled_tokens["a"] -= 3
+        scheduler.executing()
+        scheduler.finished(step, None)
+    scheduler.close()
+
+    (record,) = read_capture_file(tmp_path / "engine.capture").records
+    assert [list(step.shape.num_draft_tokens) for step in record.scheduled.steps] == [[], [3]]
+    assert [step.shape.num_decode_tokens for step in record.scheduled.steps] == [0, 4]
+
+
 class FakeWriter:
     def __init__(self) -> None:
-        self.hook_ns = 0
+        self.hook_ns = self.beside_ns = 0
         self.steps: list[Any] = []
 
     def append(self, step: Any) -> None:
@@ -267,8 +317,6 @@ def test_steps_in_flight_together_keep_their_results_apart(tmp_path: Path) -> No
     scheduler.finished(first, type("Result", (), {"sampled_token_ids": [[1]]}))
     scheduler.finished(second, type("Result", (), {"sampled_token_ids": [[1, 2]]}))
     scheduler.close()
-    from profiler.capture.trace_file import read_capture_file
-
     steps = [
         (step.step_index, step.generated_tokens)
         for record in read_capture_file(tmp_path / "engine.capture").records
