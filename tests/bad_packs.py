@@ -292,6 +292,7 @@ BAD_PACKS: dict[str, tuple[str, Spoil, str, str]] = {
     "term_negative": ("hybrid", set_field("latency.hybrid.terms.1.coefficient_ns", -1.0), "coefficient_ns", ">= 0"),
     "term_given_twice": ("hybrid", set_field("latency.hybrid.terms.1.name", "step"), "latency.hybrid.terms", "twice"),
     "kink_in_context": ("hybrid", set_field("latency.hybrid.terms.5.above", 9.0), "terms[5].above", "no kinks"),
+    "after_prefill_nothing": ("hybrid", set_field("latency.hybrid.after_prefill_factor", 0), "after_prefill", ">= 0.1"),
     "terms_absent": ("hybrid", set_field("latency.hybrid.terms", []), "latency.hybrid.terms", "cost nothing"),
     "neighbors_none": ("hybrid", set_field("latency.hybrid.neighbors", 0), "neighbors", ">= 1"),
     "neighbors_too_many": ("hybrid", set_field("latency.hybrid.neighbors", 17), "neighbors", "<= 16"),

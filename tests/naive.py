@@ -273,6 +273,7 @@ def hybrid_answer(
     neighbors: int = 8,
     max_context_edge: int = 1 << 53,
     graph_capture_sizes: Sequence[int] = (),
+    after_prefill_factor: float = 1.0,
 ) -> tuple[float, int, float, int]:
     """Latency (before rounding), support, distance and knowledge by the rules of the hybrid model.
 
@@ -331,6 +332,8 @@ def hybrid_answer(
             base += physics(0, n, drafted, 0.0, 0.0) - physics(0, n, n, 0.0, 0.0)
             known = max(known, 3)
             pool = list(arrays["mixed_residual"])
+        if query.previous_prefill_tokens > 0:
+            base *= after_prefill_factor
         return (
             base * pool[index_below(draw(key, step_index, 1, 0), len(pool))],
             support,

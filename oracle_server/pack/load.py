@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from oracle_server.errors import PackInvalid
@@ -102,6 +103,7 @@ def open_oracle(compiled: CompiledPack) -> Oracle:
                 neighbors=hybrid.neighbors,
                 max_context_edge=hybrid.max_context_edge,
                 graph_capture_sizes=hybrid.graph_capture_sizes,
+                after_prefill_factor=1.0 if hybrid.after_prefill_factor is UNSET else hybrid.after_prefill_factor,
             ),
             prep_ns=latency.prep_ns,
             copy_ns=latency.copy_ns,

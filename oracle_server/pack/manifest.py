@@ -161,6 +161,9 @@ class HybridLatency(Struct, frozen=True, kw_only=True):
     max_context_edge: Count = 2**53
     # Decode-only steps are padded to the next of these; empty: no padding.
     graph_capture_sizes: tuple[Count, ...] = ()
+    # A step without prefill tokens right after one with some takes so many times as long; stands in the file only where
+    # the pack knows it.
+    after_prefill_factor: Annotated[float, Meta(ge=0.1, le=10.0)] | UnsetType = UNSET
 
 
 class WakePoint(Struct, frozen=True, kw_only=True):

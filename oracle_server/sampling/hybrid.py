@@ -4,7 +4,8 @@
 
 The ratio goes to 1 with the distance from measured steps, so far from them the answer is physics alone. For decode-only
 steps it is a table over decode requests and mean context whose cells are linear in context (README.md): their latency
-is computed from a DecodeRecord, the piece a lease carries, and from nothing else.
+is computed from a DecodeRecord, the piece a lease carries, and from nothing else. A step without chunks right after one
+with some takes `after_prefill_factor` times as long; no lease holds for it then.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class HybridOptions(NamedTuple):
     neighbors: int = 8
     max_context_edge: int = 1 << 53
     graph_capture_sizes: tuple[int, ...] = ()
+    after_prefill_factor: float = 1.0
 
 
 class HybridOracle:
@@ -60,6 +62,7 @@ class HybridOracle:
             _frozen(np.array(sorted(options.graph_capture_sizes)), np.int64),
             _frozen(np.array(options[:4], dtype=np.float64), np.float64),
         )
+        self._after_prefill_factor = options.after_prefill_factor
         self._mixed = (
             _frozen(arrays["mixed_support"], np.float64),
             _frozen(box_of(arrays["mixed_support"]), np.float64),
@@ -72,7 +75,9 @@ class HybridOracle:
         `key` is `draws.engine_key`; `factor` multiplies the coefficients of the record, or the cost of another step,
         before the residual, exactly as in `decode_record(..., factor)`.
         """
-        chunk_tokens, chunk_context, requests, decode_tokens, context, longest, _, _, _ = query
+        chunk_tokens, chunk_context, requests, decode_tokens, context, longest, _, previous_prefill, _ = query
+        if previous_prefill > 0 and not chunk_tokens:
+            factor *= self._after_prefill_factor
         if not chunk_tokens and decode_tokens == requests and requests:
             latency, support, distance, knowledge = decode_latency(
                 *self._arrays, self._residuals, requests, context, longest, signed(key), signed(step_index), factor
@@ -104,7 +109,7 @@ class HybridOracle:
     ) -> DecodeRecord | None:
         """The piece that holds a decode-only step of at least one request without draft tokens."""
         piece = decode_piece(*self._arrays, num_decode_requests, context_tokens, max_context_tokens, factor)
-        return DecodeRecord(num_decode_requests, *piece)
+        return DecodeRecord(num_decode_requests, *piece, not_after_prefill=self._after_prefill_factor != 1.0)
 
     def warm(self) -> None:
         """Compile the kernels, or load them from their cache, so that the first step does not wait for them."""

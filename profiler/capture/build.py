@@ -19,6 +19,7 @@ from oracle_server import pack
 from oracle_server.errors import InvalidArgument
 from profiler.capture.step_times import (
     UNSETTLED_STEPS,
+    after_prefill_factor,
     awake_runs,
     copies_ns,
     host_time,
@@ -313,12 +314,17 @@ def _write_hybrid(
         manifest = manifest_of(fitted, created)
     latency = msgspec.structs.replace(manifest.latency, **common["latency"])
     lines = report_lines(fitted.file, fitted.model, fitted.regions)
-    if points := wake_points(woken, fitted.model.oracle()):
+    oracle = fitted.model.oracle()
+    if factor := after_prefill_factor(unsettled, oracle, float(np.median(fitted.model.residuals))):
+        hybrid = msgspec.structs.replace(pack.hybrid_latency(manifest), after_prefill_factor=round(factor, 4))
+        latency = msgspec.structs.replace(latency, hybrid=hybrid)
+        lines.insert(0, f"  after prefill: the first decode step after a prompt's takes {factor:.3f} times as long")
+    if points := wake_points(woken, oracle):
         latency = msgspec.structs.replace(latency, wake=points)
         told = ", ".join(f"{point.extra_ns / 1e6:.2f} ms after {point.idle_ns / 1e9:.2f} s" for point in points)
         lines.insert(0, f"  wake: {len(woken)} steps after a pause take longer by {told}")
     if unsettled:
-        lines.insert(0, f"  not fitted: {unsettled} decode steps, the first {UNSETTLED_STEPS} after a prompt's")
+        lines.insert(0, f"  not fitted: {len(unsettled)} decode steps, the first {UNSETTLED_STEPS} after a prompt's")
     manifest = msgspec.structs.replace(manifest, **{**common, "latency": latency})
     return write_manifest(fitted, manifest, directory), lines
 

@@ -7,6 +7,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 from typing import Final
 
 import numpy as np
@@ -29,6 +31,9 @@ _FEWEST_SETTLED: Final = 8
 _FEWEST_WOKEN: Final = 6
 _WAKE_BAND: Final = 4.0
 _FEWEST_IN_BAND: Final = 3
+# Decode-only steps right after a prompt's, and what they have to differ by: less is not worth asking for each of them.
+_FEWEST_AFTER_PREFILL: Final = 16
+_LEAST_AFTER_PREFILL: Final = 0.01
 # Steps whose host time is known, in all and of one number of requests.
 _FEWEST_HOST_STEPS: Final = 32
 _FEWEST_OF_A_SIZE: Final = 5
@@ -116,8 +121,29 @@ def wake_points(woken: Sequence[tuple[int, CapturedStep]], oracle: Oracle) -> tu
     return points if points[-1].extra_ns else ()
 
 
-def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:
-    """The runs without decode-only steps that come right after prefill work, and how many those are.
+def after_prefill_factor(unsettled: Sequence[CapturedStep], oracle: Oracle, median_residual: float) -> float | None:
+    """How many times as long decode-only steps right after a prompt's take as others; None where that is not told.
+
+    `unsettled`: steps that the model of `oracle` was not fitted to; it answers without residuals, whose median this is.
+    """
+    ratios = np.array(
+        [
+            step.latency_ns / oracle.answer(query_of(step), 0, 0).latency_ns
+            for step in unsettled
+            if step.previous_prefill_tokens
+        ]
+    )
+    if len(ratios) < _FEWEST_AFTER_PREFILL:
+        return None
+    median = float(np.median(ratios))
+    # Of a median, from the median deviation.
+    error = 1.2533 * 1.4826 * float(np.median(np.abs(ratios - median))) / math.sqrt(len(ratios))
+    factor = median / median_residual
+    return factor if abs(factor - 1) > max(_LEAST_AFTER_PREFILL, 2 * error) else None
+
+
+def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], list[CapturedStep]]:
+    """The runs without decode-only steps that come right after prefill work, and those steps.
 
     A batch size of which there are fewer than 8 others keeps its own: late evidence is better than none.
     """
@@ -128,18 +154,16 @@ def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], int]:
         for step, is_settled in zip(run.steps, settled, strict=True)
         if is_settled and not step.chunk_tokens
     )
-    kept = [
-        replace(
-            run,
-            steps=tuple(
-                step
-                for step, is_settled in zip(run.steps, settled, strict=True)
-                if is_settled or others[step.num_decode_requests] < _FEWEST_SETTLED
-            ),
-        )
-        for run, settled in marked
-    ]
-    return kept, sum(len(run.steps) for run in runs) - sum(len(run.steps) for run in kept)
+    kept: list[CapturedRun] = []
+    unsettled: list[CapturedStep] = []
+    for run, settled in marked:
+        stays = [
+            is_settled or others[step.num_decode_requests] < _FEWEST_SETTLED
+            for step, is_settled in zip(run.steps, settled, strict=True)
+        ]
+        kept.append(replace(run, steps=tuple(compress(run.steps, stays))))
+        unsettled += compress(run.steps, map(not_, stays))
+    return kept, unsettled
 
 
 def settled_of(steps: Sequence[CapturedStep]) -> list[bool]:

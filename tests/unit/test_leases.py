@@ -37,6 +37,7 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedPack]:
     )
     build_composed_pack(folder / "plain", ratios=[0.93, 1.0, 1.11])
     build_hybrid_pack(folder / "hybrid", ratios=RATIOS)
+    build_hybrid_pack(folder / "hybrid_after_prefill", ratios=RATIOS, hybrid={"after_prefill_factor": 1.1})
     build_sampled_pack(folder / "cells", samples=cells(), copy_ns=900_001)
     build_sampled_pack(folder / "transition", samples=cells(), transition=True, prep_ns=31_000)
     levels = {"neighbors": "hierarchical", "context_bucket_width": 2048, "min_samples": 4}
@@ -146,13 +147,15 @@ SLOW = (Overlay(1.37, {"rack": "7"}, 0.0, ""),)
 
 def plans_of(oracles: dict[str, LoadedPack]) -> list[EnginePlan]:
     """Models, seeds and factors, one generation each."""
-    composed, plain, hybrid = (oracles[name] for name in ("composed", "plain", "hybrid"))
+    composed, plain, hybrid, after_prefill = (
+        oracles[name] for name in ("composed", "plain", "hybrid", "hybrid_after_prefill")
+    )
     return [
         plan_of(composed, 1),
         plan_of(hybrid, 2, seed=3),
         plan_of(composed, 3, time_scale=0.25, overlays=SLOW),
         plan_of(plain, 4, time_scale=1 / 3),
-        plan_of(hybrid, 5, overlays=SLOW),
+        plan_of(after_prefill, 5, overlays=SLOW),
     ]
 
 
@@ -281,6 +284,17 @@ def test_a_cell_holds_the_context_of_its_bucket_and_no_more(oracles: dict[str, L
     whole = granted(plan_of(oracles["cells"]), decode_query(2, 3_000))
     assert whole is not None
     assert (whole.context_tokens_begin, whole.context_tokens_end) == (0, 1 << 53)
+
+
+def test_a_hybrid_pack_that_tells_steps_after_prefill_apart_leases_none_of_them(oracles: dict[str, LoadedPack]) -> None:
+    plan = plan_of(oracles["hybrid_after_prefill"])
+    body, tail = decode_query(4, 3_000), decode_query(4, 3_000, previous_prefill_tokens=512)
+
+    assert granted(plan, tail) is None
+    lease = granted(plan, body)
+    assert lease is not None
+    assert lease.not_after_prefill
+    assert served(plan, 0, tail).latency_ns[0] == pytest.approx(1.1 * served(plan, 0, body).latency_ns[0])
 
 
 def test_the_step_after_a_prefill_brings_no_cell_of_a_pack_with_a_transition_term(

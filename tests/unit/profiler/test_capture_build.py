@@ -196,7 +196,7 @@ def test_decode_steps_right_after_a_prompt_are_fitted_only_where_there_are_no_ot
 
     (settled,), unsettled = settled_runs([run])
 
-    assert unsettled == 4
+    assert len(unsettled) == 4
     kept = Counter((step.num_decode_requests, bool(step.chunk_tokens)) for step in settled.steps)
     assert kept == {(2, True): 2, (2, False): 20, (8, True): 2, (8, False): 6}
 
@@ -216,6 +216,49 @@ def test_a_pack_is_not_slowed_by_decode_steps_right_after_prompts(tmp_path: Path
 
     assert "  not fitted: 400 decode steps, the first 2 after a prompt's" in built.lines
     assert abs(evaluate(tmp_path / "pack", tmp_path / "steady").overall.bias) < 1.0
+
+
+@pytest.mark.parametrize(("slower", "told"), [(1.12, 1.12), (0.9, 0.9), (1.003, None)])
+def test_how_much_longer_the_first_decode_step_after_a_prompt_takes_is_in_the_pack(
+    tmp_path: Path, slower: float, told: float | None
+) -> None:
+    """In steps of a third capture it is in the answers, and in those of no other step."""
+
+    def after_prompts(made: Sequence[CapturedStep]) -> list[CapturedStep]:
+        return [
+            step._replace(
+                device_end_ns=step.device_start_ns + round(slower * step.latency_ns), previous_prefill_tokens=200
+            )
+            if step.step_index % 4 == 1
+            else step
+            for step in made
+        ]
+
+    captures.write_run(tmp_path / "capture", after_prompts(captures.steps(1200)))
+    others = after_prompts(captures.steps(800, seed=3))
+    for place in (1, 3):
+        captures.write_run(tmp_path / f"other-{place}", [step for step in others if step.step_index % 4 == place])
+
+    built = build_pack(BuildRequest(tmp_path / "capture", licence="CC0-1.0"), tmp_path / "pack")
+
+    found = pack.hybrid_latency(pack.check_pack(tmp_path / "pack").manifest).after_prefill_factor
+    assert (None if isinstance(found, msgspec.UnsetType) else found) == (told and pytest.approx(told, rel=0.005))
+    assert any(line.startswith("  after prefill: ") for line in built.lines) is (told is not None)
+    for place in (1, 3):
+        assert abs(evaluate(tmp_path / "pack", tmp_path / f"other-{place}").overall.bias) < 1.0
+
+
+def test_a_few_steps_after_prompts_tell_nothing_of_them(tmp_path: Path) -> None:
+    made = [
+        step._replace(device_end_ns=step.device_end_ns + step.latency_ns, previous_prefill_tokens=200)
+        if step.step_index % 4 == 1 and step.step_index < 60
+        else step
+        for step in captures.steps(800)
+    ]
+    captures.write_run(tmp_path / "capture", made)
+    build_pack(BuildRequest(tmp_path / "capture", licence="CC0-1.0"), tmp_path / "pack")
+    hybrid = pack.hybrid_latency(pack.check_pack(tmp_path / "pack").manifest)
+    assert isinstance(hybrid.after_prefill_factor, msgspec.UnsetType)
 
 
 def paused(made: Sequence[CapturedStep], seconds: Sequence[float], every: int) -> list[CapturedStep]:

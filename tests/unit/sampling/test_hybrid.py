@@ -94,6 +94,30 @@ def test_mixed_and_draft_steps_equal_their_naive_twin(options: dict[str, Any]) -
         assert_equals_naive(oracle, query, step, **options)
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_step_right_after_prefill_takes_as_many_times_as_long_as_the_pack_says(drafts: int) -> None:
+    options = {**OPTIONS, "after_prefill_factor": 1.1}
+    oracle = open_hybrid(**options)
+    for step, (n, context, longest) in enumerate(decode_shapes(8, 500)):
+        for previous in (0, 300):
+            query = decode_query(n, context, longest, tokens=n * (1 + drafts), previous_prefill_tokens=previous)
+            assert_equals_naive(oracle, query, step, **options)
+    for step, query in enumerate(mixed_shapes(9, 500)):
+        assert_equals_naive(oracle, query._replace(previous_prefill_tokens=300), step, **options)
+
+
+def test_no_piece_of_a_pack_with_that_factor_is_for_a_step_right_after_prefill() -> None:
+    query = decode_query(4, 900, 300, previous_prefill_tokens=300)
+    apart, alike = open_hybrid(after_prefill_factor=1.1), open_hybrid()
+    for oracle, not_after_prefill in ((apart, True), (alike, False)):
+        record = oracle.decode_record(4, 900, 300)
+        assert record is not None
+        assert record.not_after_prefill is not_after_prefill
+    after, other = (apart.answer(each, KEY, 3).latency_ns for each in (query, decode_query(4, 900, 300)))
+    assert after == pytest.approx(1.1 * other)
+    assert alike.answer(query, KEY, 3).latency_ns == other
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.7, 0.333])
 def test_the_record_evaluated_in_plain_python_gives_the_served_bits(factor: float) -> None:
     oracle = open_hybrid(**OPTIONS)
