@@ -45,6 +45,7 @@ from deploy.closed_loop.steady import (
     overruns,
     steady_variables,
 )
+from deploy.closed_loop.stolen import Undisturbed
 from deploy.closed_loop.workloads import BenchClient, Workload, seconds_of
 from deploy.demo.interrupt import Interrupt
 from deploy.demo.progress import DemoFailed, Progress, step_oracle, tail
@@ -144,9 +145,10 @@ def _run(options: Options, folder: Path, progress: Progress) -> _Loop:
             real,
             server.target,
             running,
+            Undisturbed(progress.say),
         )
         loop.measure()
-        for line in planner.summary():
+        for line in (*planner.summary(), loop.undisturbed.told()):
             progress.say(line.strip())
     if options.steady:
         progress.say(f"the steady device of the real engine: {overruns(folder / 'real.log')}")
@@ -172,6 +174,7 @@ class _Loop:
     target: str
     # Ends what is started.
     running: contextlib.ExitStack
+    undisturbed: Undisturbed
     # Started once there is a pack.
     emulated: EngineProcess | None = None
     # Of the last repeat, one for each length of plan.
@@ -233,19 +236,25 @@ class _Loop:
 
     def _real_run(self, workload: Workload, repeat: int) -> tuple[CapturedStep, ...]:
         """One run, and its steps where errors are explained."""
-        steps: tuple[CapturedStep, ...] = ()
-        if self.options.explain:
-            result, found = self.planner.captured(lambda: self._result(workload, repeat, None))
-            steps = found.run.steps
-        else:
-            result = self._result(workload, repeat, None)
+
+        def run(number: int) -> tuple[dict[str, Any], tuple[CapturedStep, ...]]:
+            if not self.options.explain:
+                return self._result(workload, repeat, None, number), ()
+            result, found = self.planner.captured(lambda: self._result(workload, repeat, None, number))
+            return result, found.run.steps
+
+        result, steps = self.undisturbed.run(f"{workload.name}, repeat {repeat + 1}, {REAL}", run)
         self.results[workload.name, REAL].append(result)
         return steps
 
     def _emulated_run(self, workload: Workload, repeat: int, plan: PlanPack, steps: Sequence[CapturedStep]) -> None:
         """One run; with the real one's `steps`, where they are asked for, its explanation."""
-        begin_ns = time.monotonic_ns()
-        self.results[workload.name, plan.name].append(self._result(workload, repeat, plan))
+
+        def run(number: int) -> tuple[int, dict[str, Any]]:
+            return time.monotonic_ns(), self._result(workload, repeat, plan, number)
+
+        begin_ns, result = self.undisturbed.run(f"{workload.name}, repeat {repeat + 1}, {plan.name}", run)
+        self.results[workload.name, plan.name].append(result)
         if self.options.explain:
             real, counted = captured_periods(steps)
             emulated = traced_periods(self._traced_since(begin_ns))
@@ -288,17 +297,17 @@ class _Loop:
         served = ("--pack", str(plan.pack), "--time-scale", f"{speed:.4f}")
         step_oracle("experiment", "activate", "default", *served, "--target", self.target, next_step=KEEP)
 
-    def _result(self, workload: Workload, repeat: int, plan: PlanPack | None) -> dict[str, Any]:
-        """One run on the engine emulated from this pack, or on the real one; the other is stopped."""
+    def _result(self, workload: Workload, repeat: int, plan: PlanPack | None, number: int) -> dict[str, Any]:
+        """One try of a run on the engine emulated from this pack, or on the real one; the other is stopped."""
         engine = self.real if plan is None else self.emulated
         assert engine is not None  # noqa: S101  there is one as soon as there is a pack
-        side, number = plan.name if plan else REAL, self.workloads.index(workload)
+        side, place = plan.name if plan else REAL, self.workloads.index(workload)
         if plan is not None:
-            self._activate(plan, plan.speeds[number])
-        folder = self.folder / "runs" / f"{number}-{repeat}-{side}"
+            self._activate(plan, plan.speeds[place])
+        folder = self.folder / "runs" / f"{place}-{repeat}-{side}-{number}"
         # The same requests every time.
         result = self.client.run(
-            workload, engine.base_url, folder=folder, seconds=self.seconds[number], seed=SEED + number
+            workload, engine.base_url, folder=folder, seconds=self.seconds[place], seed=SEED + place
         )
         self.progress.say(
             f"    {workload.name}, repeat {repeat + 1}, {side}: TPOT {result['mean_tpot_ms']:.2f} ms, "

@@ -18,11 +18,13 @@ import numpy as np
 from oracle_server import pack
 from oracle_server.errors import InvalidArgument
 from profiler.capture.step_times import (
+    MOMENT_SECONDS,
     UNSETTLED_STEPS,
     after_prefill_factor,
     awake_runs,
     copies_ns,
     host_time,
+    moment_scatter,
     settled_runs,
     wake_points,
 )
@@ -41,6 +43,11 @@ _COLD: Final = (
 )
 # Blocks follow from the memory that is free at the start: on a GPU they differ a little from start to start.
 _KV_BLOCKS_APART: Final = 0.05
+# Devices that hold still stay within it; beyond, what was measured in one moment is wrong by as much.
+_STILL_PERCENT: Final = 3.0
+_DRIFTS: Final = (
+    "; it drifts: what was measured in one moment alone is off by as much. Give the plan longer, or an idle machine"
+)
 _CONTEXT_BUCKET_WIDTH: Final = 256
 _MIN_SAMPLES: Final = 16
 
@@ -325,6 +332,13 @@ def _write_hybrid(
         lines.insert(0, f"  wake: {len(woken)} steps after a pause take longer by {told}")
     if unsettled:
         lines.insert(0, f"  not fitted: {len(unsettled)} decode steps, the first {UNSETTLED_STEPS} after a prompt's")
+    if found := moment_scatter(settled, oracle):
+        held = (
+            f"whole moments of {MOMENT_SECONDS} s were {found[0]:.1f} % longer or shorter than the pack says (standard "
+            f"deviation of {found[1]})"
+        )
+        lines.insert(0, f"  how still the device held: {held}" + (_DRIFTS if found[0] > _STILL_PERCENT else ""))
+        common["provenance"]["how still the device held"] = held
     manifest = msgspec.structs.replace(manifest, **{**common, "latency": latency})
     return write_manifest(fitted, manifest, directory), lines
 

@@ -12,6 +12,7 @@ from operator import not_
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oracle_server import pack
 from oracle_server.sampling.oracle import Oracle
@@ -27,6 +28,8 @@ _FEWEST_COPIES: Final = 16
 # they are most of some regions, in a workload few.
 UNSETTLED_STEPS: Final = 2
 _FEWEST_SETTLED: Final = 8
+# Standard error of a median over that of a mean.
+_MEDIAN_ERROR: Final = 1.2533
 # Steps after a pause: as many as tell something, by bands of a factor of this in the pause.
 _FEWEST_WOKEN: Final = 6
 _WAKE_BAND: Final = 4.0
@@ -34,6 +37,10 @@ _FEWEST_IN_BAND: Final = 3
 # Decode-only steps right after a prompt's, and what they have to differ by: less is not worth asking for each of them.
 _FEWEST_AFTER_PREFILL: Final = 16
 _LEAST_AFTER_PREFILL: Final = 0.01
+# A moment, and how many of how many steps tell whether the device held still.
+MOMENT_SECONDS: Final = 2
+_FEWEST_IN_MOMENT: Final = 8
+_FEWEST_MOMENTS: Final = 10
 # Steps whose host time is known, in all and of one number of requests.
 _FEWEST_HOST_STEPS: Final = 32
 _FEWEST_OF_A_SIZE: Final = 5
@@ -135,11 +142,33 @@ def after_prefill_factor(unsettled: Sequence[CapturedStep], oracle: Oracle, medi
     )
     if len(ratios) < _FEWEST_AFTER_PREFILL:
         return None
-    median = float(np.median(ratios))
-    # Of a median, from the median deviation.
-    error = 1.2533 * 1.4826 * float(np.median(np.abs(ratios - median))) / math.sqrt(len(ratios))
-    factor = median / median_residual
+    factor, error = float(np.median(ratios)) / median_residual, _MEDIAN_ERROR * _sigma(ratios) / math.sqrt(len(ratios))
     return factor if abs(factor - 1) > max(_LEAST_AFTER_PREFILL, 2 * error) else None
+
+
+def moment_scatter(runs: Sequence[CapturedRun], oracle: Oracle) -> tuple[float, int] | None:
+    """By how many percent whole moments were longer or shorter than a model says, and of how many moments; None of few.
+
+    The standard deviation of the medians of their steps (half of the way from the 16th to the 84th percentile, which
+    holds for a device of two speeds too), without what the scatter of single steps explains of it. `oracle` answers
+    without residuals.
+    """
+    moments: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for run in runs:
+        for step in run.steps:
+            place = step.device_start_ns // (MOMENT_SECONDS * 1_000_000_000)
+            moments[run.name, place].append(math.log(step.latency_ns / oracle.answer(query_of(step), 0, 0).latency_ns))
+    told = [np.array(logs) for logs in moments.values() if len(logs) >= _FEWEST_IN_MOMENT]
+    if len(told) < _FEWEST_MOMENTS:
+        return None
+    low, high = np.percentile([np.median(logs) for logs in told], (16, 84))
+    of_chance = np.mean([(_MEDIAN_ERROR * _sigma(logs)) ** 2 / len(logs) for logs in told])
+    return 100 * math.sqrt(max(0.0, float(high - low) ** 2 / 4 - float(of_chance))), len(told)
+
+
+def _sigma(values: NDArray[np.float64]) -> float:
+    """A standard deviation that outliers do not move: from the median deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
 def settled_runs(runs: Sequence[CapturedRun]) -> tuple[list[CapturedRun], list[CapturedStep]]:

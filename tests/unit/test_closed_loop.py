@@ -48,6 +48,7 @@ from deploy.closed_loop.plans import (
 )
 from deploy.closed_loop.steady import overruns, steady_variables
 from deploy.closed_loop.steady_device.law import requests_of, step_ms
+from deploy.closed_loop.stolen import Undisturbed, stolen_seconds
 from deploy.closed_loop.workloads import QUICK_WORKLOADS, WORKLOADS, BenchClient, Workload, seconds_of
 from deploy.demo.progress import DemoFailed
 from environments import VllmEnvironment
@@ -350,6 +351,36 @@ def test_a_steady_device_is_as_fast_as_it_is_told(monkeypatch: pytest.MonkeyPatc
 
     assert steady == [0.0, 24.0, 8.0, 24.0]
     assert steady_variables(8.0) == {"STEADY_DEVICE_WEIGHTS_MS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("stolen", "kept", "repeated", "disturbed"),
+    [((0.0, 0.01), 1, 0, 0), ((0.0, 3.0, 3.0, 3.01), 2, 1, 0), ((0, 3, 3, 6, 6, 9), 3, 2, 1)],
+)
+def test_a_run_whose_cores_others_had_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, stolen: tuple[float, ...], kept: int, repeated: int, disturbed: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    said: list[str] = []
+    readings, times = iter(stolen), iter(range(0, 100, 10))
+    runs = Undisturbed(said.append, lambda: next(readings), lambda: float(next(times)))
+    assert runs.run("bursty", lambda number: number) == kept
+    assert (runs.runs, runs.repeated, runs.disturbed, len(said)) == (1, repeated, disturbed, repeated + disturbed)
+    assert runs.told().startswith(f"{repeated} runs beside the 1 that count were made again")
+    assert ("in each of 3 tries" in runs.told()) is bool(disturbed)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("cpu  1 2 3 4 5 6 7 250 0 0\ncpu0 1 2 3\n", 2.5), ("cpu  1 2 3 4\n", 0.0), ("", 0.0), (None, 0.0)],
+)
+def test_what_was_stolen_is_read_where_the_kernel_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, seconds: float
+) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    if text is not None:
+        (tmp_path / "stat").write_text(text)
+    assert stolen_seconds(tmp_path / "stat") == seconds
 
 
 def test_a_lighter_load_runs_longer() -> None:

@@ -248,6 +248,26 @@ def test_how_much_longer_the_first_decode_step_after_a_prompt_takes_is_in_the_pa
         assert abs(evaluate(tmp_path / "pack", tmp_path / f"other-{place}").overall.bias) < 1.0
 
 
+@pytest.mark.parametrize(("drift", "least", "most"), [(0.0, 0.0, 0.5), (0.1, 7.0, 13.0)])
+def test_a_device_that_does_not_hold_still_is_told(tmp_path: Path, drift: float, least: float, most: float) -> None:
+    """Faster or slower by this for six seconds each."""
+    made = [
+        step._replace(device_end_ns=step.device_end_ns + round(drift * step.latency_ns * (-1) ** (at // 6_000_000_000)))
+        for step in captures.steps(3_000)
+        for at in (step.device_start_ns,)
+    ]
+    captures.write_run(tmp_path / "capture", made)
+
+    built = build_pack(BuildRequest(tmp_path / "capture", licence="CC0-1.0"), tmp_path / "pack")
+
+    (line,) = (line for line in built.lines if line.startswith("  how still the device held: "))
+    percent = float(line.partition("were ")[2].partition(" %")[0])
+    assert least <= percent <= most
+    assert ("it drifts" in line) is (drift > 0)
+    held = pack.check_pack(tmp_path / "pack").manifest.provenance["how still the device held"]
+    assert held in line
+
+
 def test_a_few_steps_after_prompts_tell_nothing_of_them(tmp_path: Path) -> None:
     made = [
         step._replace(device_end_ns=step.device_end_ns + step.latency_ns, previous_prefill_tokens=200)
