@@ -1,6 +1,6 @@
 """Runs of the closed loop on a virtual machine whose hypervisor gave its cores to others meanwhile are made again.
 
-What was taken is counted by the kernel and says nothing of the result, so it makes no error smaller or larger.
+What was taken is counted by the kernel, which knows nothing of results: no run is chosen by what it showed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def stolen_seconds(stat: Path = _STAT) -> float:
 
 @dataclass
 class Undisturbed:
-    """Makes runs, and again those that were disturbed. `runs` were kept, `repeated` not, `disturbed` kept although."""
+    """Makes runs, and again those that were disturbed. `runs` count; of these `disturbed` were so in every try;
+    `repeated` were left for another try."""
 
     say: Callable[[str], None]
     stolen: Callable[[], float] = stolen_seconds
