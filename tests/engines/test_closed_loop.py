@@ -71,7 +71,11 @@ def test_a_real_engine_and_its_emulation_serve_the_same_requests(tmp_path: Path)
     explained = done.stdout.partition("time between tokens, at the engine")[2].partition("error = pack")[0].splitlines()
     for name in ("Poisson 50 %", "closed loop 8"):
         (row,) = (line for line in explained if line.strip().startswith(name))
-        real_ms, emulated_ms, error, *_, first, second = map(float, row.partition(name)[2].split())
-        assert error == pytest.approx(100 * (emulated_ms / real_ms - 1), abs=3)
-        assert math.isfinite(first + second)
+        _, _, error, *_, first, second = map(float, row.partition(name)[2].split())
+        (repeats,) = (each["repeats"] for each in document["explanations"] if each["workload"] == name)
+        errors = [100 * (repeat["emulated_ms"] / repeat["real_ms"] - 1) for repeat in repeats]
+        # Of two runs on a machine that others use one may be far from the other.
+        assert [repeat["total_percent"] for repeat in repeats] == pytest.approx(errors)
+        assert error == pytest.approx(sum(errors) / 2, abs=0.051)
+        assert [first, second] == pytest.approx([repeat["pack_percent"] for repeat in repeats], abs=0.051)
     assert "means are beyond their bound" in done.stdout
