@@ -222,15 +222,7 @@ def test_the_host_s_time_lies_between_a_result_and_the_next_step_without_the_cap
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that the test moves; the capture's own readings of it cost 1,000 each."""
-    now = [0]
-
-    def monotonic_ns() -> int:
-        now[0] += 1_000
-        return now[0]
-
-    monkeypatch.setattr("profiler.capture.recording.time.monotonic_ns", monotonic_ns)
-    scheduler = SchedulerRecording(tmp_path / "engine.capture")
-    monkeypatch.setattr(scheduler, "_writer", written := FakeWriter())
+    scheduler, written, now = recorded(tmp_path, monkeypatch)
     first, cached = output({"a": 10}, new_requests=(new("a", 10),)), (("a", 10, 1),)
     alone, waited = output({"a": 1}, cached=cached), output({"b": 10}, new_requests=(new("b", 10),))
     nothing = output({})
@@ -255,15 +247,7 @@ def test_a_step_is_read_once_the_executor_has_it_and_that_is_no_time_of_the_devi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     """Or with its result, where nobody tells that it has. The clock moves by 1,000 with each reading."""
-    now = [0]
-
-    def monotonic_ns() -> int:
-        now[0] += 1_000
-        return now[0]
-
-    monkeypatch.setattr("profiler.capture.recording.time.monotonic_ns", monotonic_ns)
-    scheduler = SchedulerRecording(tmp_path / "engine.capture")
-    monkeypatch.setattr(scheduler, "_writer", written := FakeWriter())
+    scheduler, written, _ = recorded(tmp_path, monkeypatch)
     step = output({"a": 10}, new_requests=(new("a", 10),))
     read = [bool(scheduler._open)]
     scheduler.dispatched(step)
@@ -297,6 +281,20 @@ def test_a_worker_that_takes_drafts_out_of_a_step_changes_nothing_of_its_shape(t
     (record,) = read_capture_file(tmp_path / "engine.capture").records
     assert [list(step.shape.num_draft_tokens) for step in record.scheduled.steps] == [[], [3]]
     assert [step.shape.num_decode_tokens for step in record.scheduled.steps] == [0, 4]
+
+
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[SchedulerRecording, FakeWriter, list[int]]:
+    """A recording, what it writes, and the time, which each reading of the clock moves by 1,000."""
+    now = [0]
+
+    def monotonic_ns() -> int:
+        now[0] += 1_000
+        return now[0]
+
+    monkeypatch.setattr("profiler.capture.recording.time.monotonic_ns", monotonic_ns)
+    scheduler, written = SchedulerRecording(tmp_path / "engine.capture"), FakeWriter()
+    monkeypatch.setattr(scheduler, "_writer", written)
+    return scheduler, written, now
 
 
 class FakeWriter:
